@@ -1,0 +1,37 @@
+"""Two processes under torchrun compute what one computes."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = str(Path(__file__).parent / "two_processes.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What one process found, and what two found."""
+    found = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        folder = tmp_path_factory.mktemp("run")
+        done = subprocess.run([sys.executable, *launcher, SCRIPT, str(folder)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((folder / "found.json").read_text()))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tokens", "accumulated", "sequences", "sgd"])
+def test_same_losses(runs, recipe):
+    one, two = runs
+    assert (one["world"], two["world"]) == (1, 2)
+    assert len(one[recipe]) == len(two[recipe])
+    assert two[recipe] == pytest.approx(one[recipe], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_one_process_stops_all_and_they_resume(runs):
+    for run in runs:
+        assert run["stopped"] == "stopped after step 5"
+        assert run["steps"] == list(range(1, 13)) and run["same"]

@@ -1,0 +1,52 @@
+"""A run that is broken off goes on as if it had not been."""
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_notes.foundations.checks import CheckpointError, ConfigError
+from attn_notes.training.loop import Run, train
+from attn_notes.training.recipes import Recipe
+from dataclasses import replace
+from training_toy import RECIPE, Toy, toy_model
+
+HERE = Path(__file__).parent
+# the moment a run is killed, and the step of the checkpoint it must leave
+MOMENTS = {"in a forward pass": 6, "between gradient and update": 3, "half a checkpoint": 6, "before the rename": 3, "after the rename": 9,
+           "half a line": 6, "while evaluating": 9, "": 12}
+
+
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """What became of the runs that killed_runs.py killed."""
+    command = [sys.executable, str(HERE / "killed_runs.py"), str(tmp_path_factory.mktemp("killed")), *MOMENTS, "from outside"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("moment", [*MOMENTS, "from outside"])
+def test_killed_run_resumes_to_the_same_weights(killed, moment):
+    run, whole = killed[moment], killed[""]
+    assert run["killed"] == (signal.SIGKILL if moment else 0)
+    assert run["step"] == MOMENTS.get(moment, run["step"])
+    assert run["digest"] == whole["digest"]
+    assert run["steps"] == list(range(1, RECIPE.max_steps + 1))
+    assert run["parts"] == []

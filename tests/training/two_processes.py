@@ -1,0 +1,65 @@
+"""Run by test_processes.py, as one process and under torchrun as two: prints from the first process what the runs gave.
+
+Losses of each recipe; then a run with dropout that Ctrl-C in the last process stops and that is resumed, against the unbroken run.
+"""
+import hashlib
+import json
+import signal
+import sys
+from dataclasses import replace
+
+import torch
+
+from attn_notes.training.loop import train
+from training_toy import RECIPE, Toy, toy_model
+
+RECIPES = {"tokens": RECIPE, "accumulated": replace(RECIPE, accumulate=3, max_steps=6), "sequences": replace(RECIPE, average_over="sequences"),
+           "sgd": replace(RECIPE, optimizer="sgd", learning_rate=0.5, ema_decay=None)}
+
+
+class Stopped(Toy):
+    """Ctrl-C in one process only, in its fifth step."""
+    calls = 0
+
+    def loss(self, model, batch, recipe):
+        self.calls += 1
+        if self.calls == 5 and self.rank == self.world - 1:
+            signal.raise_signal(signal.SIGINT)
+        return super().loss(model, batch, recipe)
+
+    def train_batches(self, recipe, epoch, rank, world):
+        self.rank, self.world = rank, world
+        return super().train_batches(recipe, epoch, rank, world)
+
+
+def digest(model) -> str:
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for name, recipe in RECIPES.items():                                 # 57 rows: the last batch of an epoch has a single row
+        model = toy_model(dropout=0.0)
+        history = train(model, Toy(57), recipe, progress=False)
+        found[name] = [row["loss"] for row in history] + history.curve("valid_loss")[1]
+
+    unbroken, broken = toy_model(), toy_model()
+    train(unbroken, Toy(57), RECIPE, f"{folder}/unbroken", progress=False)
+    try:
+        train(broken, Stopped(57), RECIPE, f"{folder}/broken", progress=False)
+    except KeyboardInterrupt as interrupt:
+        found["stopped"] = str(interrupt)
+    history = train(broken, Toy(57), RECIPE, f"{folder}/broken", resume=True, progress=False)
+    found["steps"], found["same"] = [row["step"] for row in history], digest(broken) == digest(unbroken)
+
+    from accelerate import PartialState
+    found["world"] = PartialState().num_processes
+    if PartialState().is_main_process:
+        with open(f"{folder}/found.json", "w") as file:
+            json.dump(found, file)
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

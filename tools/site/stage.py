@@ -1,0 +1,114 @@
+"""From a notebook to the page that Sphinx reads: the directives become what the page shows.
+
+A cell marked hide vanishes; the other `#|` lines vanish from its source. An exported cell says which module it goes to, a
+claim cell carries the statement that it tests and the verdict, both as a strip above the cell that links can point at.
+"""
+import ast
+import json
+import re
+from html import escape
+
+import nbformat
+
+from book import Cell, Notebook
+from claims import Claim
+
+UP = "../"
+
+
+def up(name: str) -> str:
+    """The way from a page to the top of the site."""
+    return UP * name.count("/")
+
+
+def slug(verdict: str) -> str:
+    return verdict.replace(" ", "-") or "open"
+
+
+def badge(verdict: str) -> str:
+    return f'<span class="verdict {slug(verdict)}">{escape(verdict or "open")}</span>'
+
+
+def statement(text: str) -> str:
+    """A row of claims.yaml as HTML: h_{t-1} with its index below the line."""
+    return re.sub(r"(?<![\w`])([A-Za-z])_(?:\{([^}]+)\}|(\w+))", r"<i>\1</i><sub>\2\3</sub>", escape(text))
+
+
+def only_imports(cell: Cell) -> bool:
+    return bool(cell.tree.body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in cell.tree.body)
+
+
+def defined_names(cell: Cell) -> list[str]:
+    """The public names that an exported cell defines; a patched method as Class.method."""
+    names = []
+    for node in cell.tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            owner = patched_class(node)
+            names.append(f"{owner}.{node.name}" if owner else node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [t.id for t in targets if isinstance(t, ast.Name)]
+    return [name for name in names if not name.split(".")[-1].startswith("_")]
+
+
+def patched_class(node: ast.AST) -> str:
+    """The class that a method marked @patch belongs to; empty for everything else."""
+    if not isinstance(node, ast.FunctionDef):
+        return ""
+    decorators = {ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list}
+    if not decorators & {"patch", "patch_to"} or not node.args.args or node.args.args[0].annotation is None:
+        return ""
+    return ast.unparse(node.args.args[0].annotation).strip("'\"")
+
+
+def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str:
+    """What stands above a cell: its claim with verdict, or the module that it goes to; empty for other cells."""
+    parts = []
+    claim = claims.get(cell.directives.get("claim", ""))
+    if claim:
+        parts.append(f'<div class="cell-strip claim" id="claim-{claim.id}"><a href="{up(notebook.name)}claims.html#{claim.id}" '
+                     f'title="All claims">{badge(claim.verdict)}</a><span>{statement(claim.says)}</span></div>')
+    if cell.exports and notebook.module and not only_imports(cell):
+        module = f"attn_notes.{notebook.module}"
+        anchors = "".join(f'<span id="def-{name}"></span>' for name in defined_names(cell))
+        parts.append(f'<div class="cell-strip exported">{anchors}<a href="{up(notebook.name)}api/{notebook.module}.html">'
+                     f'exported: {module}</a></div>')
+    return "\n".join(parts)
+
+
+def page_tags(cell: Cell) -> list[str]:
+    tags = []
+    if cell.directives.get("echo") == "false":
+        tags.append("remove-input")
+    if cell.directives.get("output") == "false":
+        tags.append("remove-output")
+    if cell.directives.get("code-fold") in ("true", "show") or cell.exports and only_imports(cell):
+        tags.append("hide-input")
+    return tags
+
+
+def stage_notebook(notebook: Notebook, claims: dict[str, Claim]) -> str:
+    """The notebook as the site shows it, as JSON."""
+    page = nbformat.read(notebook.path, as_version=4)
+    cells = []
+    for raw, cell in zip(page.cells, notebook.cells, strict=True):
+        if cell.kind != "code":
+            cells.append(raw)
+            continue
+        if "hide" in cell.directives or not cell.source.strip():
+            continue
+        strip = strip_above(notebook, cell, claims)
+        if strip:
+            cells.append(nbformat.v4.new_markdown_cell(strip, id=f"strip-{cell.id}"[:64]))
+        raw.source = cell.source
+        raw.metadata["tags"] = page_tags(cell)
+        shown = {"image": {"alt": cell.directives.get("fig-cap") or f"Figure: {cell.section}"}, "code_prompt_show": "Imports" if only_imports(cell) else "Show the code",
+                 "code_prompt_hide": "Imports" if only_imports(cell) else "Hide the code"}
+        if "fig-cap" in cell.directives:
+            shown["figure"] = {"caption": cell.directives["fig-cap"], "name": cell.directives.get("label", f"fig-{cell.id}")}
+        raw.metadata["mystnb"] = shown
+        cells.append(raw)
+    page.cells = cells
+    page.metadata = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+                     "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    return json.dumps(page, ensure_ascii=False, indent=1, sort_keys=True)
