@@ -19,7 +19,7 @@ $(ENV): pyproject.toml constraints.txt
 	@for python in python3.11 python3.12 python3.13 python3 python; do \
 	  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && break; python=; done; \
 	  test -n "$$python" || { echo "attn_notes needs Python 3.11, 3.12 or 3.13 on the path"; exit 1; }; \
-	  test -x $(PY) || $$python -m venv .venv
+	  test -x $(PY) || { echo "setting up .venv, once"; $$python -m venv .venv; }
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -48,14 +48,14 @@ def check_command(arguments: argparse.Namespace) -> int:
     "Run models forward and backward on a device; exit code 1 when one fails."
     from attn_notes.zoo.devices import check_model
 
-    infos = [model_info(name) for name in arguments.names or list_models()]
+    names = [model_info(name).name for name in arguments.names or list_models()]
     failed = 0
-    for info in _progress(infos, "check"):
+    for name in _progress(names, "check"):
         try:
-            found = check_model(info.name, arguments.device)
-            line = f"ok      {info.name}  {found.parameters:,} parameters on {found.device}  {found.seconds:.1f} s"
+            found = check_model(name, arguments.device)
+            line = f"ok      {name}  {found.parameters:,} parameters on {found.device}  {found.seconds:.1f} s"
         except (RuntimeError, InputError) as error:
-            failed, line = failed + 1, f"FAILED  {info.name}  {str(error).splitlines()[0]}"
+            failed, line = failed + 1, f"FAILED  {name}  {str(error).splitlines()[0]}"
         tqdm.write(line)
     return 1 if failed else 0
 
@@ -73,12 +73,16 @@ def bench_command(arguments: argparse.Namespace) -> int:
 
 # %% ../nbs/cli.ipynb #24d4d492
 def _recipe(arguments: argparse.Namespace) -> Any:
-    "The recipe asked for, with the seed and the number of steps that were given. Raises ConfigError when the model has none of that name."
+    """The recipe asked for, with the seed and the number of steps that were given; the warm-up keeps its share of the steps.
+
+    Raises ConfigError when the model has no recipe of that name."""
     recipes = model_info(arguments.name).recipes
     if arguments.recipe not in recipes:
         raise unknown(f"recipe of {arguments.name}", arguments.recipe, list(recipes))
-    given = {"seed": arguments.seed, "max_steps": arguments.max_steps}
-    return replace(recipes[arguments.recipe], **{key: value for key, value in given.items() if value is not None})
+    recipe = recipes[arguments.recipe]
+    steps = arguments.max_steps or recipe.max_steps
+    return replace(recipe, seed=recipe.seed if arguments.seed is None else arguments.seed,
+                   max_steps=steps, warmup_steps=recipe.warmup_steps * steps // recipe.max_steps)
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -98,7 +102,7 @@ def _prepare(arguments: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
 
     info = model_info(arguments.name)
     try:
-        task = create_task(info.task, arguments.data, data_dir=arguments.data_dir)
+        task = create_task(info.task, arguments.data, data_dir=arguments.data_dir, seed=recipe.seed)
         manual_seed(recipe.seed)
         return task, create_model(info.name, **{**(info.tiny if arguments.recipe == "tiny" else {}), **task.overrides()})
     except BaseException:
@@ -135,7 +139,7 @@ def train_command(arguments: argparse.Namespace) -> int:
 # %% ../nbs/cli.ipynb #fcbddfc9
 def predict_command(arguments: argparse.Namespace) -> int:
     "Print what a trained model makes of each input; the input - stands for the lines of the standard input."
-    from attn_notes.data.tasks import TranslationTask
+    from attn_notes.data.tasks import load_task
     from attn_notes.zoo.checkpoints import find_checkpoint, shipped_weights
 
     info = model_info(arguments.name)
@@ -144,7 +148,7 @@ def predict_command(arguments: argparse.Namespace) -> int:
     folder = find_checkpoint(arguments.pretrained or shipped_weights(info.name))[0]
     if folder is None:
         raise InputError(f"--pretrained: expected a folder that attn-notes train wrote, got the single file {arguments.pretrained}")
-    task = TranslationTask.load(folder)
+    task = load_task(folder)
     model = create_model(info.name, pretrained=folder)
     for text in task.predict(model, texts, num_beams=arguments.num_beams):
         print(text)
@@ -200,7 +204,7 @@ def _add_training(commands: Any) -> None:
     one.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder for checkpoints, metrics and the model")
     one.add_argument("--resume", action="store_true", help="continue the run in the output folder from its last checkpoint")
     one.add_argument("--seed", type=int, metavar="N", help="instead of the recipe's")
-    one.add_argument("--max-steps", type=at_least_one, metavar="N", help="instead of the recipe's")
+    one.add_argument("--max-steps", type=at_least_one, metavar="N", help="instead of the recipe's; the warm-up shrinks with it")
     one.set_defaults(run=train_command)
     one = commands.add_parser("predict", help="apply a trained model", epilog="""examples:
   attn-notes predict seq2seq_bahdanau "Monday" "two weeks ago"

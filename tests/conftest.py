@@ -12,7 +12,7 @@ import pytest                                                     # noqa: E402
 from hypothesis import settings                                   # noqa: E402
 from jaxtyping import install_import_hook                         # noqa: E402
 
-install_import_hook("attn_notes", "beartype.beartype")
+install_import_hook("attn_notes", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")    # an int is a float
 
 settings.register_profile("book", max_examples=20, deadline=None, derandomize=True, database=None)
 settings.load_profile("book")

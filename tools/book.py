@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The reading order: part, then its chapters. A pattern takes the notebooks that stand nowhere above it.
 READING = [
-    ("Sequences before attention", ["sequence/01_cells", "sequence/02_seq2seq", "sequence/03_convs2s"]),
+    ("Sequences before attention", ["sequence/01_*", "sequence/02_*", "sequence/03_*"]),
     ("Foundations", ["foundations/*"]),
     ("The Transformer", ["sequence/*"]),
     ("Language", ["language/*"]),
@@ -58,6 +58,11 @@ class Notebook:
     summary: str = ""
     module: str = ""
 
+    @property
+    def full_module(self) -> str:
+        """The module as it is imported: attn_notes.foundations.attention."""
+        return f"attn_notes.{self.module}".removesuffix(".__init__")
+
     def code(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.kind == "code"]
 
@@ -102,6 +107,13 @@ def notebook_paths(nbs: Path) -> list[Path]:
 
 def read_book(root: Path = ROOT) -> list[Notebook]:
     return [read_notebook(path, root / "nbs") for path in notebook_paths(root / "nbs")]
+
+
+def offered_names(notebooks: list[Notebook]) -> list[str]:
+    """What `attn_notes` itself offers: the names that its top notebook takes from the modules."""
+    top = [n for n in notebooks if n.module == "__init__"]
+    return [alias.name for notebook in top for cell in notebook.code() if cell.exports for node in ast.walk(cell.tree)
+            if isinstance(node, ast.ImportFrom) for alias in node.names]
 
 
 def reading_order(names: list[str]) -> list[tuple[str, list[str]]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from book import ROOT, Cell, Notebook, read_book
+from book import ROOT, Cell, Notebook, read_book, reading_order
 
 BY_KIND = {"identity": "confirmed", "figure": "confirmed", "correction": "corrected", "question": "answered", "experiment": None}
 COMPUTED = ("confirmed", "contradicted", "not seen at this scale")
@@ -79,7 +79,7 @@ def computes_verdict(cell: Cell) -> bool:
 
 def redefines_verdict(notebook: Notebook) -> bool:
     """Whether a notebook puts something else under the name of a verdict function, or takes it from elsewhere."""
-    if notebook.module and f"attn_notes.{notebook.module}" == VERDICT_MODULE:
+    if notebook.full_module == VERDICT_MODULE:
         return False
     for cell in notebook.code():
         for node in ast.walk(cell.tree):
@@ -143,6 +143,25 @@ def read_claims(root: Path = ROOT, notebooks: list[Notebook] | None = None) -> t
                 problems.append(f"{where}: the cell of an experiment ends in verdict(low, high, ...) of computed bounds")
     problems += [f"{c.chapter}: no cell for claim {c.id}" for c in claims.values() if c.due and not c.notebook]
     return list(claims.values()), problems
+
+
+def chapter_table(root: Path = ROOT):
+    """The book's chapters with what was verified in each, for the home page: a Markdown table that Jupyter shows."""
+    from IPython.display import Markdown
+
+    notebooks = {notebook.name: notebook for notebook in read_book(root)}
+    claims, _ = read_claims(root, list(notebooks.values()))
+    rows = ["| chapter | what was verified |", "|---|---|"]
+    for part, names in reading_order(list(notebooks)):
+        tested = [name for name in names if any(claim.due and claim.chapter == name for claim in claims)]
+        for name in tested:
+            verdicts = [claim.verdict or "open" for claim in claims if claim.chapter == name]
+            tally = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys([*COMPUTED, "corrected", "answered", "open"]) if verdict in verdicts)
+            rows.append(f"| [{notebooks[name].title}]({name}.ipynb) | {len(verdicts)} claim{"s" if len(verdicts) > 1 else ""}: {tally} |")
+        others = ", ".join(f"[{notebooks[name].title}]({name}.ipynb)" for name in names if name not in tested)
+        if others:
+            rows.append(f"| {part}: {others} | what the chapters stand on, tested against torch where it has the same |")
+    return Markdown("\n".join(rows))
 
 
 def main() -> int:

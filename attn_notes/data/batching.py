@@ -60,12 +60,12 @@ class TokenBatches:
     """
 
     def __init__(self, lengths, batch_size: int | None = None, max_tokens: int | None = None, seed: int = 0, pool: int = 16):
-        self.lengths = np.asarray(lengths, dtype=np.int64).reshape(len(lengths), -1)
         self.batch_size, self.max_tokens, self.seed, self.pool = batch_size, max_tokens, seed, pool
         if (batch_size is None) == (max_tokens is None) or (batch_size or max_tokens or 0) < 1 or pool < 1:
             raise ConfigError(f"expected one of batch_size and max_tokens, at least 1, got {batch_size} and {max_tokens}")
-        if not self.lengths.size:
+        if not len(lengths):
             raise InputError("expected at least one example, got none")
+        self.lengths = np.asarray(lengths, dtype=np.int64).reshape(len(lengths), -1)
         if max_tokens and self.lengths.max() > max_tokens:
             raise InputError(f"expected examples of at most max_tokens={max_tokens} tokens, got one of {self.lengths.max()}")
 

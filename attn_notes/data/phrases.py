@@ -110,7 +110,7 @@ def _render(request: Request, locale: str) -> str | None:
     return _render_unit(*values, locale)
 
 
-def _render_unit(amount: float, unit: str, locale: str) -> str | None:
+def _render_unit(amount: int | float, unit: str, locale: str) -> str | None:
     """CLDR lets the long form inherit the short one; Babel returns the key of a unit that it has no words for."""
     from babel.units import UnknownUnitError, format_unit
 

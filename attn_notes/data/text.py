@@ -34,8 +34,8 @@ def kjv_verses() -> tuple[Verse, ...]:
     verses = []
     for i in VERSE_IDS:                                              # 43003016 is book 43, chapter 3, verse 16
         if bible.is_valid_verse_id(i):
-            text = normalise(re.sub(r"^\d+\. |[\[\]]", "", bible.get_scripture(i)))
-            verses.append(Verse(i // 1_000_000, i // 1_000 % 1_000, i % 1_000, text))
+            text = re.sub(r"^\d+\. ?|[\[\]]", "", bible.get_scripture(i)).replace("( ", "(")
+            verses.append(Verse(i // 1_000_000, i // 1_000 % 1_000, i % 1_000, normalise(text)))
     return tuple(verse for verse in verses if verse.text)
 
 # %% ../../nbs/data/04_text.ipynb #b773dddc
@@ -68,9 +68,9 @@ def _classified(name: str) -> tuple[tuple[str, int, str], ...]:
 
 # %% ../../nbs/data/04_text.ipynb #af845f1a
 def text_classification(name: str = "kjv-sections", split: str = "train") -> tuple[list[str], list[int], list[str]]:
-    """Texts, labels and class names of one split of "kjv-sections" (verses; every
-    tenth chapter is held out, in turn for valid and test) or "chinese-reviews".
+    """Texts, labels and class names of one split of "kjv-sections" (verses) or "chinese-reviews".
 
+    Of the verses, every tenth chapter is held out, in turn for valid and for test.
     No text is in two splits. `ConfigError` for an unknown name or split, or when the extra `data` is not installed.
     """
     check_choice(("kjv-sections", "chinese-reviews"), name=name)

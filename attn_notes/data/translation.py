@@ -184,17 +184,20 @@ def _read_parquet(files: Sequence[Path], source: str, target: str) -> Iterator[t
     need("datasets", "data")
     from datasets import load_dataset
 
-    rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=True)
-    for i, row in enumerate(rows):
-        both = row.get("translation")
-        if not isinstance(both, dict) or not {source, target} <= set(both):
-            raise InputError(f"expected a column translation with {source!r} and {target!r} in {files[0].parent}, got columns {sorted(row)}")
-        yield both[source] or "", both[target] or ""
+    try:
+        rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=True)
+        for row in rows:
+            both = row.get("translation")
+            if not isinstance(both, dict) or not {source, target} <= set(both):
+                raise InputError(f"expected a column translation with {source!r} and {target!r}, got columns {sorted(row)}")
+            yield both[source] or "", both[target] or ""
+    except ValueError as error:                          # pyarrow's complaint about a broken file is one too
+        raise InputError(f"{files[0].name} in {files[0].parent} can not be read: {str(error).splitlines()[0]}") from None
 
 
 def _read_parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
     """Sentences from two text files with a sentence a line; the `@@ ` that subword-nmt leaves inside words is taken out."""
-    a, b = (path.read_text("utf-8").replace("@@ ", "").rstrip("\n").split("\n") for path in (source, target))
+    a, b = (path.read_text("utf-8").replace("@@ ", "").removesuffix("\n").split("\n") for path in (source, target))
     if len(a) != len(b):
         raise InputError(f"expected as many lines in {source} as in {target}, got {len(a)} and {len(b)}")
     yield from zip(a, b)

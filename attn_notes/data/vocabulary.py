@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastcore.basics import patch
+from fastcore.basics import patch, patch_to
 
 from ..foundations.checks import ConfigError, InputError
 
@@ -86,8 +86,8 @@ class Vocabulary:
         return f"Vocabulary({len(self)} tokens, {self.language!r}: {' '.join(self.tokens[4:10])} ...)"
 
 # %% ../../nbs/data/01_vocabulary.ipynb #90f548a4
-@patch(cls_method=True)
-def build(cls: Vocabulary, texts: Iterable[str], language: str = "en", max_size: int | None = None, min_count: int = 1):
+@patch_to(Vocabulary, cls_method=True)
+def build(cls, texts: Iterable[str], language: str = "en", max_size: int | None = None, min_count: int = 1):
     """The vocabulary of some texts: the commonest tokens first, ties in alphabetical order.
 
     Keeps tokens seen at least `min_count` times, and at most `max_size` entries, the four special ones included.
@@ -131,8 +131,8 @@ def to_dict(self: Vocabulary) -> dict:
     return {"language": self.language, "tokens": self.tokens[4:]}
 
 
-@patch(cls_method=True)
-def from_dict(cls: Vocabulary, stored: dict):
+@patch_to(Vocabulary, cls_method=True)
+def from_dict(cls, stored: dict):
     """The vocabulary that `to_dict` described."""
     return cls(stored["tokens"], stored["language"])
 

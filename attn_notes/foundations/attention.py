@@ -41,7 +41,10 @@ def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tens
     "The mask that broadcasts to (b h n m), the causal one included; None when nothing is hidden."
     if is_causal and q.shape[-2] != k.shape[-2]:
         raise InputError(f"is_causal: expected as many keys as queries; got {k.shape[-2]} keys and {q.shape[-2]} queries")
-    mask = None if mask is None else expand_mask(mask)
+    if mask is not None:
+        mask, shape = expand_mask(mask), (*q.shape[:3], k.shape[-2])
+        if any(have not in (1, want) for have, want in zip(mask.shape, shape)):
+            raise InputError(f"mask: expected one that fits scores (b, h, n, m) of shape {shape}; got {tuple(mask.shape)}")
     if not is_causal:
         return mask
     past = expand_mask(causal_mask(q.shape[-2], q.device), pairs=True)
@@ -128,6 +131,8 @@ def forward(self: MultiHeadAttention, x: Float[Tensor, "b n d"], memory: Float[T
         q, k, v = self.project(x).unbind(0)
     else:
         check_features(memory, self.hidden_size, "memory")
+        if len(memory) != len(x):
+            raise InputError(f"memory: expected as many rows as x has, {len(x)}; got {len(memory)}")
         q, (k, v) = self.project(x, 0, 1)[0], self.project(memory, 1, 3).unbind(0)
     output = self.attend(q, k, v, mask, is_causal)
     return self.out_proj(output.transpose(1, 2).flatten(2))
@@ -146,19 +151,18 @@ def _append(old: Tensor | None, new: Tensor) -> Tensor:
 @contextmanager
 def _outermost(model: nn.Module, start: Callable[[], None]) -> Iterator[None]:
     "Call `start` at the beginning of every call of `model` or of `model.generate`, but not of those inside another."
-    depth = 0
+    inside = []
 
     def counted(function: Callable) -> Callable:
         @wraps(function)
         def call(*args, **kwargs):
-            nonlocal depth
-            if depth == 0:
+            if not inside:
                 start()
-            depth += 1
+            inside.append(function)
             try:
                 return function(*args, **kwargs)
             finally:
-                depth -= 1
+                inside.pop()
         return call
 
     names = [name for name in ("forward", "generate") if hasattr(model, name)]

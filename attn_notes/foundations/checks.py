@@ -6,8 +6,9 @@ __all__ = ['ConfigError', 'InputError', 'CheckpointError', 'CheckpointWarning', 
            'Output']
 
 # %% ../../nbs/foundations/00_checks.ipynb #54035309
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def check_positive(**sizes: int) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"{name} must be a whole number of at least 1; got {size!r}")
 
-
+# %% ../../nbs/foundations/00_checks.ipynb #d4e482b4
 def check_probability(**rates: float) -> None:
     "`ConfigError` unless every rate is a number from 0 up to, but not including, 1."
     for name, rate in rates.items():

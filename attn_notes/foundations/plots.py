@@ -5,8 +5,8 @@ __all__ = ['INK', 'FAINT', 'GROUND', 'COLORS', 'HEAT', 'style', 'show_attention'
 
 # %% ../../nbs/foundations/07_plots.ipynb #8a5c86e9
 import io
-import logging
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,13 +37,13 @@ def _fonts() -> list[str]:
 # %% ../../nbs/foundations/07_plots.ipynb #b1595769
 def style() -> None:
     "Set the book's figure style; called once, in the first code cell of a notebook. In Jupyter, figures become SVG with the same bytes every time."
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
     matplotlib.rcParams.update({
         "figure.figsize": (6.4, 3.2), "figure.facecolor": GROUND, "savefig.facecolor": GROUND, "figure.dpi": 96, "figure.constrained_layout.use": True,
         "axes.facecolor": GROUND, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlesize": 10, "axes.labelsize": 10, "axes.titlecolor": INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "axes.prop_cycle": matplotlib.cycler(color=COLORS),
         "grid.color": FAINT, "grid.linewidth": 0.6, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "lines.linewidth": 1.8, "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 9, "font.size": 10, "font.family": _fonts(),
+        "lines.linewidth": 1.8, "lines.markersize": 4, "legend.frameon": True, "legend.edgecolor": "none", "legend.framealpha": 0.85, "legend.fontsize": 9, "font.size": 10, "font.family": _fonts(),
         "image.cmap": "heat", "svg.fonttype": "path", "svg.hashsalt": "attn_notes",
     })
     try:
@@ -194,10 +194,10 @@ def box(self: Diagram, name: str, column: float, row: float, text: str | None = 
     self.axes.autoscale_view()
     return self
 
-
+# %% ../../nbs/foundations/07_plots.ipynb #15f844b6
 @patch
 def arrow(self: Diagram, start: str, end: str, text: str = "", bend: float = 0.0, dashed: bool = False) -> Diagram:
-    "An arrow from box `start` to box `end`, bent to the side by `bend`, with a small `text` at its middle."
+    "An arrow from box `start` to box `end`, bent to the side by `bend`, with a small `text` beside its middle."
     for name in (start, end):
         if name not in self.boxes:
             raise InputError(f"there is no box called {name!r}; expected one of {', '.join(self.boxes) or 'none yet'}")
@@ -206,8 +206,10 @@ def arrow(self: Diagram, start: str, end: str, text: str = "", bend: float = 0.0
     line = FancyArrowPatch((x0, y0), (x1, y1), arrowstyle="-|>", mutation_scale=10, color=INK, linewidth=1, linestyle="--" if dashed else "-",
                            shrinkA=1, shrinkB=1, connectionstyle=f"arc3,rad={bend}", patchA=ends[0], patchB=ends[1], clip_on=False)
     self.axes.add_patch(line)
-    middle = ((x0 + x1) / 2 + bend * (y1 - y0) / 2, (y0 + y1) / 2 - bend * (x1 - x0) / 2)
-    beside = (4, 0) if abs(y1 - y0) > abs(x1 - x0) else (0, 4)                  # right of an upright arrow, above a level one
-    self.axes.annotate(text, middle, xytext=beside, textcoords="offset points", ha="left" if beside[0] else "center",
-                       va="center" if beside[0] else "bottom", fontsize=8, annotation_clip=False)
+    dx, dy = x1 - x0, y1 - y0
+    level = abs(dx) >= abs(dy)
+    outside = 1 if (-bend * dx if level else bend * dy) >= 0 else 0            # the side to which the arrow bends; above or right of a straight one
+    self.axes.annotate(text, (0.5, outside) if level else (outside, 0.5), xycoords=line, textcoords="offset points", annotation_clip=False, fontsize=8,
+                       xytext=(0, 3 * (2 * outside - 1)) if level else (4 * (2 * outside - 1), 0),
+                       ha="center" if level else ("right", "left")[outside], va=("top", "bottom")[outside] if level else "center")
     return self

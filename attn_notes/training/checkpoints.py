@@ -47,7 +47,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from None
 
 # %% ../../nbs/training/04_checkpoints.ipynb #491ad6ad
 def writable_folder(path: str | Path) -> Path:

@@ -23,9 +23,10 @@ from .checkpoints import atomic_write
 
 # %% ../../nbs/training/06_experiments.ipynb #7a6c424e
 def artifacts_folder() -> Path:
-    """nbs/artifacts of the book's own source tree: the one this package lies in, or the one around the working folder."""
+    """nbs/artifacts of the book's source tree: the one around the working folder, or else the one this package lies in."""
     here = Path.cwd()
-    for root in (Path(__file__).resolve().parents[2] if "__file__" in globals() else here, here, *here.parents):
+    package = [Path(__file__).resolve().parents[2]] if "__file__" in globals() else []       # a notebook has no __file__
+    for root in (here, *here.parents, *package):
         if (root / "nbs").is_dir() and (root / "settings.ini").is_file():
             return root / "nbs" / "artifacts"
     raise InputError(f"expected to run inside the book's source tree (a folder with nbs/ and settings.ini), got {here}")
@@ -162,7 +163,7 @@ def import_chapters(chapters: Sequence[str] = ()) -> None:
     """Import the modules of these chapters (of all, if none is named), which registers their experiments."""
     import attn_notes
     for module in pkgutil.walk_packages(attn_notes.__path__, "attn_notes."):
-        if not module.ispkg and (not chapters or module.name.rsplit(".", 1)[-1] in chapters):
+        if not module.ispkg and (not chapters or module.name.rsplit(".", 1)[-1].removesuffix("_experiments") in chapters):
             importlib.import_module(module.name)
 
 
@@ -176,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import_chapters(options.chapters)
     chosen = {key: e for key, e in EXPERIMENTS.items() if (not options.chapters or key[0] in options.chapters) and options.only in (None, key[1])}
     if not chosen:
+        import_chapters()
         parser.error(f"no experiment there; there are {sorted('/'.join(key) for key in EXPERIMENTS)}")
     for (chapter, name), e in chosen.items():
         run(chapter, name, e.function, e.settings, e.seeds, options.workers)

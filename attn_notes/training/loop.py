@@ -73,7 +73,8 @@ def _accelerator(recipe: Recipe, folder: Path | None):
 
     AcceleratorState._reset_state()                  # an earlier run of this process may have had another precision
     tracker = "tensorboard" if folder and is_tensorboard_available() else None
-    accelerator = Accelerator(mixed_precision=recipe.precision, log_with=tracker, project_dir=folder)
+    on_cpu = not torch.accelerator.is_available()    # without being told, Accelerate joins no processes there
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=recipe.precision, log_with=tracker, project_dir=folder)
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("recipe: precision fp16 needs a GPU; on the CPU take bf16 or no")
     return accelerator
@@ -194,6 +195,7 @@ def save(self: Run) -> None:
         parts = {name: part.state_dict() for name, part in self.parts().items()}
         place = {name: getattr(self, name) for name in ("step", "epoch", "position", "seconds")}
         save_checkpoint(self.folder / "checkpoint.pt", {"recipe": asdict(self.recipe), **place, **parts, "random": random, "metrics": self.metrics.tell()})
+    self.accelerator.wait_for_everyone()                                  # nobody resumes from the file before
 
 
 @patch
@@ -265,10 +267,11 @@ def _start(output_dir: str | Path | None, recipe: Recipe, resume: bool) -> tuple
     state = load_checkpoint(path) if resume else None
     if path.exists() and not resume:
         raise ConfigError(f"{output_dir} holds a run already: resume it, or choose another folder")
-    if state:
+    if resume:
+        if not isinstance(state, dict) or not state.keys() >= {"recipe", "step", "random", "metrics"}:
+            raise CheckpointError(f"{path} is not a checkpoint of a run")
         then, now = (json.loads(json.dumps(r)) for r in (state["recipe"], asdict(recipe)))
-        changed = [f"{name} {then.get(name)!r} then, {now[name]!r} now" for name in now if then.get(name) != now[name]]
-        if changed:
+        if changed := [f"{name} {then.get(name)!r} then, {now[name]!r} now" for name in now if then.get(name) != now[name]]:
             raise CheckpointError(f"the run in {output_dir} had another recipe: {'; '.join(changed)}")
     return writable_folder(output_dir), state
 

@@ -88,7 +88,7 @@ def _quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept), os.close(null)
 
-
+# %% ../../nbs/zoo/04_benchmark.ipynb #34c95841
 def peak_memory(work: Work) -> int:
     "Bytes that torch holds at most while the work runs on the CPU, beyond what it held before."
     work()

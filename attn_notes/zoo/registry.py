@@ -8,7 +8,6 @@ __all__ = ['MODEL_MODULES', 'ModelInfo', 'weights_folder', 'register_model', 'li
 
 # %% ../../nbs/zoo/01_registry.ipynb #7dc6f6b9
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -77,10 +76,9 @@ def register_model(name: str, config: Any, **known: Any) -> Callable[[type[nn.Mo
 
 # %% ../../nbs/zoo/01_registry.ipynb #1fcb3670
 def _load_chapters() -> None:
-    "Import the chapters that register models, once; one that is being written for the first time is not there yet."
+    "Import the chapters that register models, once."
     for module in MODEL_MODULES:
-        if importlib.util.find_spec(module) is not None:
-            importlib.import_module(module)
+        importlib.import_module(module)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -92,7 +90,7 @@ def list_models(pattern: str = "*") -> list[str]:
 def unknown(what: str, given: str, allowed: Iterator[str] | list[str]) -> ConfigError:
     "The error for a name that is not among the allowed ones, with the nearest of them."
     allowed = sorted(allowed)
-    close = get_close_matches(given, allowed, n=3, cutoff=0.5)
+    close = get_close_matches(given, allowed, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(allowed) or 'none'}"
     return ConfigError(f"unknown {what} {given!r}; {hint}")
 

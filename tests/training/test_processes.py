@@ -15,8 +15,12 @@ def runs(tmp_path_factory):
     found = []
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
         folder = tmp_path_factory.mktemp("run")
-        done = subprocess.run([sys.executable, *launcher, SCRIPT, str(folder)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        process = subprocess.Popen([sys.executable, *launcher, SCRIPT, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            said, _ = process.communicate(timeout=300)
+        finally:
+            process.terminate()                                            # torchrun then ends its processes too
+        assert process.returncode == 0, said
         found.append(json.loads((folder / "found.json").read_text()))
     return found
 

@@ -1,4 +1,4 @@
-"""A run that is broken off goes on as if it had not been."""
+"""A run that is killed goes on as if it had not been."""
 import json
 import signal
 import subprocess
@@ -6,31 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from attn_notes.foundations.checks import CheckpointError, ConfigError
-from attn_notes.training.loop import Run, train
-from attn_notes.training.recipes import Recipe
-from dataclasses import replace
-from training_toy import RECIPE, Toy, toy_model
+from training_toy import RECIPE
 
 HERE = Path(__file__).parent
 # the moment a run is killed, and the step of the checkpoint it must leave
 MOMENTS = {"in a forward pass": 6, "between gradient and update": 3, "half a checkpoint": 6, "before the rename": 3, "after the rename": 9,
            "half a line": 6, "while evaluating": 9, "": 12}
-
-
-def weights(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def rows(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +24,7 @@ def killed(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [*MOMENTS, "from outside"])
 def test_killed_run_resumes_to_the_same_weights(killed, moment):
     run, whole = killed[moment], killed[""]

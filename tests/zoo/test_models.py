@@ -83,11 +83,12 @@ def test_bf16_autocast_gives_the_same_to_its_precision(name, built):
 
 @every_model
 @pytest.mark.no_shapes
-def test_the_compiled_model_gives_the_same(name, built):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_the_compiled_model_gives_the_same(name, built, backend):
     model, inputs = built
     expected, gradients = step(name, model, inputs)
     torch._dynamo.reset()
-    model.compile(backend="aot_eager")
+    model.compile(backend=backend, fullgraph=True)
     found, compiled = step(name, model, inputs)
     assert close(found, expected, 1e-5)
     assert all((compiled[key] - gradients[key]).norm() <= 1e-4 * gradients[key].norm() + 1e-7 for key in gradients)

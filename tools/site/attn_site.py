@@ -40,6 +40,7 @@ class BookEnglish(SearchEnglish):
 
 HIGHLIGHT = re.compile(r'(<div class="highlight-(?:ipython3|python)[^"]*"><div class="highlight"><pre>)(.*?)(</pre></div>)', re.DOTALL)
 NAME = re.compile(r'(?P<before><span class="o">\.</span>|<span class="k">(?:class|def)</span><span class="w"> </span>)?<span class="(?P<kind>n|nc|nf|nn|nd|ne)">(?P<name>\w+)</span>(?!<span class="o">=</span>)')
+MEMBER = re.compile(r'<span class="n">(\w+)</span><span class="o">\.</span><span class="n">(\w+)</span>')
 
 
 def link_names(body: str, links: dict[str, str], root: str) -> str:
@@ -50,13 +51,32 @@ def link_names(body: str, links: dict[str, str], root: str) -> str:
             return match[0]
         return f'{before}<a class="code-link" href="{root}{links[name]}"><span class="{match["kind"]}">{name}</span></a>'
 
-    return HIGHLIGHT.sub(lambda block: block[1] + NAME.sub(link, block[2]) + block[3], body)
+    def link_member(match: re.Match) -> str:
+        page = links.get(f"{match[1]}.{match[2]}")
+        return match[0] if page is None else match[0].replace(f'<span class="n">{match[2]}</span>', f'<a class="code-link" href="{root}{page}"><span class="n">{match[2]}</span></a>')
+
+    return HIGHLIGHT.sub(lambda block: block[1] + MEMBER.sub(link_member, NAME.sub(link, block[2])) + block[3], body)
+
+
+LABEL = re.compile(r"\b(eq-[a-z0-9-]+)\b(?![^<]*>)")
+
+
+def link_equations(body: str, equations: dict[str, tuple[str, int]], root: str) -> str:
+    """The code of a page with the labels of equations, as docstrings name them, linked to the equations."""
+    def link(match: re.Match) -> str:
+        if match[1] not in equations:
+            return match[0]
+        page, number = equations[match[1]]
+        return f'<a class="code-link" href="{root}{page}.html#equation-{match[1]}" title="equation ({number})">{match[1]}</a>'
+
+    return HIGHLIGHT.sub(lambda block: block[1] + LABEL.sub(link, block[2]) + block[3], body)
 
 
 def on_page(app, pagename, templatename, context, doctree):
-    links = app.config.attn_code_links.get(pagename)
-    if links and "body" in context:
-        context["body"] = link_names(context["body"], links, context["content_root"] if "content_root" in context else "../" * pagename.count("/"))
+    if "body" in context:
+        root = "../" * pagename.count("/")
+        context["body"] = link_names(context["body"], app.config.attn_code_links.get(pagename, {}), root)
+        context["body"] = link_equations(context["body"], app.env.get_domain("math").equations, root)
 
 
 def number_equations(app, doctree):

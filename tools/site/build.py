@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from book import ROOT, Notebook, read_book, reading_order          # noqa: E402
+from book import ROOT, Notebook, offered_names, read_book, reading_order          # noqa: E402
 from claims import read_claims                                      # noqa: E402
 from reference import Symbol, api_pages, claims_page, find_symbols, models_page     # noqa: E402
 from stage import stage_notebook                                    # noqa: E402
@@ -33,6 +33,7 @@ def code_links(notebooks: list[Notebook], modules: dict[str, list[Symbol]]) -> d
     """For every page, the names in its code that the reference explains: those that it imports and those that it defines."""
     places = {module: {s.name: s.page for s in symbols} for module, symbols in modules.items()}
     everywhere = {name: page for names in places.values() for name, page in names.items()}
+    offered = set(offered_names(notebooks))
     links = {}
     for notebook in notebooks:
         here = dict(places.get(notebook.module, {}))
@@ -41,6 +42,9 @@ def code_links(notebooks: list[Notebook], modules: dict[str, list[Symbol]]) -> d
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("attn_notes"):
                     known = places.get(node.module.removeprefix("attn_notes").lstrip("."), everywhere)
                     here |= {alias.asname or alias.name: known[alias.name] for alias in node.names if alias.name in known}
+                elif isinstance(node, ast.Import):
+                    for alias in (alias for alias in node.names if alias.name == "attn_notes"):
+                        here |= {f"{alias.asname or alias.name}.{name}": everywhere[name] for name in sorted(offered & set(everywhere))}
         links[notebook.name] = here
     for module, names in places.items():
         links[f"api/{module}"] = everywhere | names

@@ -23,6 +23,7 @@ extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax", "attn_site"]
 nb_execution_mode = "off"
 nb_output_stderr = "remove"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 myst_enable_extensions = ["alert", "amsmath", "dollarmath", "attrs_inline", "deflist"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True

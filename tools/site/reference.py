@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from html import escape
 
-from book import Notebook
+from book import Notebook, offered_names
 from claims import Claim
 from stage import badge, patched_class, slug, statement, up
 
@@ -129,17 +129,18 @@ def entry(symbol: Symbol, equations: set[str], level: int) -> list[str]:
 
 def api_pages(notebooks: list[Notebook], modules: dict[str, list[Symbol]], equations: set[str]) -> dict[str, str]:
     """The reference: a page for every module, and their list."""
-    by_module = {notebook.module: notebook for notebook in notebooks if notebook.module}
+    everywhere = {s.name: s for symbols in modules.values() for s in symbols}
     pages, lines = {}, ["# API reference", "", "Everything that the package exports, from the notebooks that define it. Each entry links to the section that explains it.", ""]
-    for module, symbols in modules.items():
-        notebook = by_module[module]
-        pages[f"api/{module}"] = "\n".join([
-            f"# attn\\_notes.{module}" if module != "__init__" else "# attn\\_notes", "",
-            f"From the chapter [{notebook.title}]({up('api/x')}{notebook.name}.ipynb). {notebook.summary}", "",
-            *(line for symbol in symbols for line in entry(symbol, equations, 2))])
-        names = ", ".join(f'<a href="{module}.html#{s.anchor}"><code>{s.name}</code></a>' for s in symbols)
-        lines += [f'<p class="api-module"><a href="{module}.html"><strong>attn_notes.{module}</strong></a><br>{names}</p>', ""]
-    pages["api/index"] = "\n".join(lines + ["```{toctree}", ":hidden:", "", *(f"/api/{m}" for m in modules), "```", ""])
+    for notebook in (n for n in notebooks if n.module in modules or n.module == "__init__"):
+        symbols = modules.get(notebook.module) or [everywhere[name] for name in offered_names(notebooks) if name in everywhere]
+        names = [f'<a href="{s.module}.html#{s.anchor}"><code>{s.name}</code></a>' for s in symbols]
+        entries = [line for s in symbols for line in entry(s, equations, 2)] if notebook.module in modules else [f"<p>{name}</p>\n" for name in names]
+        pages[f"api/{notebook.module}"] = "\n".join([
+            "# " + notebook.full_module.replace("_", "\\_"), "",
+            f"From the chapter [{notebook.title}]({up('api/x')}{notebook.name}.ipynb). {notebook.summary}", "", *entries])
+        lines += [f'<p class="api-module"><a href="{notebook.module}.html"><strong>{notebook.full_module}</strong></a><br>{", ".join(names)}</p>', ""]
+    contents = [f"{page.removeprefix('api/').replace('__init__', 'attn_notes')} </{page}>" for page in pages]
+    pages["api/index"] = "\n".join([*lines, "```{toctree}", ":hidden:", "", *contents, "```", ""])
     return pages
 
 

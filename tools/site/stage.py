@@ -69,10 +69,9 @@ def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str
         parts.append(f'<div class="cell-strip claim" id="claim-{claim.id}"><a href="{up(notebook.name)}claims.html#{claim.id}" '
                      f'title="All claims">{badge(claim.verdict)}</a><span>{statement(claim.says)}</span></div>')
     if cell.exports and notebook.module and not only_imports(cell):
-        module = f"attn_notes.{notebook.module}"
         anchors = "".join(f'<span id="def-{name}"></span>' for name in defined_names(cell))
         parts.append(f'<div class="cell-strip exported">{anchors}<a href="{up(notebook.name)}api/{notebook.module}.html">'
-                     f'exported: {module}</a></div>')
+                     f'exported: {notebook.full_module}</a></div>')
     return "\n".join(parts)
 
 

@@ -1,0 +1,320 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from attn_notes.foundations.checks import CheckpointError, ConfigError, InputError
+from attn_notes.training.checkpoints import atomic_write, load_checkpoint, save_checkpoint
+from attn_notes.training.loop import check_batch, train
+from attn_notes.training.recipes import Recipe
+from training_toy import RECIPE, Toy, ToyModel, toy_model
+
+SHORT = replace(RECIPE, max_steps=6)
+
+
+def run(recipe=SHORT, task=None, dropout=0.0, **options):
+    model = toy_model(dropout)
+    return model, train(model, task or Toy(), recipe, progress=False, **options)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_equals_a_loop_by_hand():
+    recipe = replace(SHORT, ema_decay=None)
+    model, history = run(recipe)
+    by_hand, task, losses = toy_model(0.0), Toy(), []
+    optimizer = torch.optim.Adam(by_hand.parameters())
+    for step, batch in zip(range(1, 7), task.train_batches(recipe, 0)):
+        loss, count = task.loss(by_hand, batch, recipe)
+        (loss / count).backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = recipe.lr(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss / count).item())
+    assert [row["loss"] for row in history] == pytest.approx(losses, abs=1e-6)
+    assert [row["lr"] for row in history] == [recipe.lr(s) for s in range(1, 7)]
+    for a, b in zip(model.parameters(), by_hand.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("average_over", ["tokens", "sequences"])
+def test_accumulated_batches_are_one_batch(average_over):
+    whole = replace(SHORT, batch_size=12, average_over=average_over, optimizer="sgd", learning_rate=0.1)      # an epoch: 5 batches of 12, 10 of 6
+    a, history_a = run(whole)
+    b, history_b = run(replace(whole, batch_size=6, accumulate=2))
+    assert [r["loss"] for r in history_b] == pytest.approx([r["loss"] for r in history_a], abs=1e-5)
+    for x, y in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+def test_average_over_sequences_scales_the_gradient_by_the_mean_length():
+    task, recipe = Toy(), Recipe(optimizer="sgd", learning_rate=0.1, max_steps=1, batch_size=8)
+    start = toy_model(0.0)
+    moved = [[b - a for a, b in zip(start.parameters(), run(replace(recipe, average_over=over))[0].parameters())] for over in ("tokens", "sequences")]
+    batch = next(task.train_batches(recipe, 0))
+    length = (batch["target_out"] != 0).sum() / 8
+    for a, b in zip(*moved):
+        torch.testing.assert_close(b, a * length, rtol=1e-3, atol=1e-5)
+
+
+def test_clipping_bounds_the_norm_of_the_mean_gradient_and_keeps_its_direction():
+    recipe = Recipe(optimizer="sgd", learning_rate=1.0, max_steps=1, batch_size=8)
+    start = nn.utils.parameters_to_vector(toy_model(0.0).parameters())
+    free, clipped, loose = (nn.utils.parameters_to_vector(run(replace(recipe, clip_norm=c))[0].parameters()) - start for c in (None, 0.05, 1e3))
+    assert clipped.norm().item() == pytest.approx(0.05, rel=1e-3) and free.norm() > 0.05
+    assert torch.cosine_similarity(free, clipped, 0) > 0.9999
+    torch.testing.assert_close(free, loose)
+
+
+def test_average_of_weights():
+    recipe = replace(SHORT, ema_decay=0.5, optimizer="sgd", learning_rate=0.1)
+    averaged, history = run(recipe)
+    expected = None
+    for steps in range(1, 7):                                              # the schedule is the whole run's
+        model = toy_model(0.0)
+        task, optimizer = Toy(), torch.optim.SGD(model.parameters(), lr=0.1)
+        for step, batch in zip(range(1, steps + 1), task.train_batches(recipe, 0)):
+            optimizer.param_groups[0]["lr"] = recipe.lr(step)
+            loss, count = task.loss(model, batch, recipe)
+            (loss / count).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        now = nn.utils.parameters_to_vector(model.parameters()).detach()
+        expected = now if expected is None else 0.5 * expected + 0.5 * now
+    torch.testing.assert_close(nn.utils.parameters_to_vector(averaged.parameters()).detach(), expected, rtol=0, atol=1e-5)
+    assert history[-1]["valid_loss"] == pytest.approx(Toy().evaluate(averaged)["loss"], abs=1e-5)
+
+
+def test_bf16_trains_and_leaves_the_model_as_it_was():
+    full, _ = run()
+    model, history = run(replace(SHORT, precision="bf16"))
+    assert "forward" not in vars(model) and "_original_forward" not in vars(model) and not model.training
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in run()[1]], rel=0.02)
+    assert not same(full, model)
+    assert same(full, run()[0])                                            # the next run has full precision again
+
+
+def test_history_metrics_and_tensorboard(tmp_path):
+    _, history = run(output_dir=tmp_path)
+    assert rows(tmp_path) == list(history)
+    assert [row["step"] for row in history] == list(range(1, 7))
+    steps, values = history.curve("valid_loss")
+    assert steps == [5, 6] and all(map(math.isfinite, values))
+    assert [row["seconds"] for row in history] == sorted(row["seconds"] for row in history)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 7)) and [e.step for e in events.Scalars("valid_loss")] == [5, 6]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    assert same(run(dropout=0.3)[0], run(dropout=0.3)[0])
+    assert not same(run(dropout=0.3)[0], run(replace(SHORT, seed=4), dropout=0.3)[0])
+
+
+# breaking off and going on, in one process (test_resume.py kills processes)
+
+class Stopping(Toy):
+    """Ctrl-C while the loss of the `at`-th batch is computed, `times` times."""
+
+    def __init__(self, at, times=1):
+        super().__init__()
+        self.at, self.times, self.calls = at, times, 0
+
+    def loss(self, model, batch, recipe):
+        self.calls += 1
+        if self.calls == self.at:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+        return super().loss(model, batch, recipe)
+
+
+@pytest.mark.parametrize("at", [1, 4, 8, 9])                               # 8 is the last batch of an epoch
+def test_interrupted_run_resumes_to_the_same_weights(tmp_path, at):
+    before = signal.getsignal(signal.SIGINT)
+    whole, _ = run(RECIPE, dropout=0.2)
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {at}"):
+        run(RECIPE, Stopping(at), dropout=0.2, output_dir=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.jsonl", "tensorboard"]
+    torch.manual_seed(99)                                                  # neither the caller's random state
+    model = ToyModel(0.2)                                                  # nor the new model's weights matter
+    history = train(model, Toy(), RECIPE, tmp_path, resume=True, progress=False)
+    assert same(model, whole)
+    assert [row["step"] for row in history] == [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+
+
+def test_resuming_skips_to_its_place_in_the_data_and_a_finished_run_does_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(RECIPE, Stopping(3), output_dir=tmp_path)
+    model, history = run(RECIPE, output_dir=tmp_path, resume=True)
+    task = Toy()
+    again, history_again = run(RECIPE, task, output_dir=tmp_path, resume=True)
+    assert task.served == 0 and history_again == history and same(model, again)
+
+
+def test_the_second_ctrl_c_acts_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(RECIPE, Stopping(5, times=2), output_dir=tmp_path)
+    assert not str(caught.value)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3        # the last regular one
+    assert not list(tmp_path.glob(".*"))
+    model, _ = run(RECIPE, output_dir=tmp_path, resume=True)
+    assert same(model, run(RECIPE)[0])
+
+
+def test_without_a_folder_ctrl_c_still_ends_at_a_step():
+    with pytest.raises(KeyboardInterrupt, match="after step 2"):
+        run(task=Stopping(2))
+
+
+def test_trains_in_a_thread():
+    done = []
+    thread = threading.Thread(target=lambda: done.append(len(run()[1])))
+    thread.start()
+    thread.join()
+    assert done == [6]
+
+
+def test_tensorboard_has_no_step_twice(tmp_path):
+    class Dying(Toy):
+        def evaluate(self, model):
+            raise MemoryError
+    with pytest.raises(MemoryError):
+        run(RECIPE, Dying(), output_dir=tmp_path)                          # at step 5; the checkpoint is of step 3
+    assert len(rows(tmp_path)) == 4
+    run(RECIPE, output_dir=tmp_path, resume=True)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert [e.step for e in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")] == list(range(1, 13))
+
+
+# what is refused
+
+class Untouched(Toy):
+    def train_batches(self, *_, **__):
+        raise AssertionError("work began")
+
+
+def refused(error, said, recipe=SHORT, model=None, task=None, **options):
+    with pytest.raises(error, match=said) as caught:
+        train(model or toy_model(), task or Untouched(), recipe, progress=False, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.no_shapes
+def test_refuses_folders_and_checkpoints(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(ConfigError, "can not be written: File exists", output_dir=tmp_path / "file")
+    refused(ConfigError, "can not be written: Not a directory", output_dir=tmp_path / "file" / "run")
+    refused(ConfigError, "needs the output_dir", resume=True)
+    refused(CheckpointError, "nothing to resume", output_dir=tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+    run(output_dir=tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    refused(ConfigError, "holds a run already", output_dir=tmp_path / "run")
+    refused(CheckpointError, "another recipe: max_steps 6 then, 7 now; seed 3 then, 4 now", replace(SHORT, max_steps=7, seed=4), output_dir=tmp_path / "run", resume=True)
+    refused(CheckpointError, "of another model", model=ToyModel(width=8), output_dir=tmp_path / "run", resume=True)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    whole = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for content in (b"", whole[:100], whole[:-300], b"not a checkpoint"):
+        (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
+        refused(CheckpointError, "not a readable checkpoint", output_dir=tmp_path / "run", resume=True)
+    save_checkpoint(tmp_path / "run" / "checkpoint.pt", {"weights": torch.ones(2)})
+    refused(CheckpointError, "not a checkpoint of a run", output_dir=tmp_path / "run", resume=True)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(whole)
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(before["metrics.jsonl"][:50])
+    refused(CheckpointError, "shorter than its checkpoint", output_dir=tmp_path / "run", resume=True)
+
+
+@pytest.mark.no_shapes
+def test_a_pickle_with_code_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    torch.save({"step": Code()}, tmp_path / "checkpoint.pt")
+    refused(CheckpointError, "not a readable checkpoint", output_dir=tmp_path, resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.no_shapes
+def test_refuses_fp16_without_a_gpu():
+    if not torch.accelerator.is_available():
+        refused(ConfigError, "fp16 needs a GPU", replace(SHORT, precision="fp16"))
+
+
+@pytest.mark.no_shapes
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    class Exploding(Toy):
+        def loss(self, model, batch, recipe):
+            loss, count = super().loss(model, batch, recipe)
+            self.calls = getattr(self, "calls", 0) + 1
+            return loss * (math.nan if self.calls == 5 else 1), count
+    refused(ConfigError, "the loss became nan at step 5", RECIPE, model=toy_model(0.0), task=Exploding(), output_dir=tmp_path)
+    assert len(rows(tmp_path)) == 4 and load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    assert same(run(RECIPE, output_dir=tmp_path, resume=True)[0], run(RECIPE)[0])
+
+
+@pytest.mark.no_shapes
+def test_refuses_tasks_without_batches_or_tokens():
+    class Empty(Toy):
+        def train_batches(self, *_, **__):
+            return iter(())
+
+    class Silent(Toy):
+        def loss(self, model, batch, recipe):
+            return super().loss(model, {**batch, "target_out": torch.zeros_like(batch["target_out"])}, recipe)
+    refused(InputError, "no training batch in epoch 0", task=Empty())
+    refused(InputError, "no token to predict", task=Silent())
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("change, said", [(("source", lambda x: x + 100), "source: expected ids from 0 to 11"), (("source", lambda x: x - 1), "source: expected ids from 0"),
+                                          (("target_out", lambda x: x * 9), "target_out: expected ids"), (("source_mask", lambda x: x & False), "source_mask: expected at least one True"),
+                                          (("source", lambda x: x[:0]), "source: expected at least one row"), (("extra", lambda x: torch.tensor([[math.inf]])), "extra: expected finite")])
+def test_refuses_values_at_the_edge(change, said):
+    name, change = change
+
+    class Wrong(Toy):
+        def train_batches(self, *arguments):
+            for batch in super().train_batches(*arguments):
+                yield {**batch, name: change(batch.get(name))}
+    refused(InputError, said, task=Wrong())
+
+
+def test_good_batches_pass():
+    check_batch(next(Toy().train_batches(SHORT, 0)), ToyModel.config)
+    check_batch({"input_ids": torch.tensor([[500]]), "image": torch.zeros(1, 3, 2, 2), "label": torch.tensor([-100])})
+
+
+# checkpoints
+
+def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path):
+    save_checkpoint(tmp_path / "c", {"step": 1})
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_write(tmp_path / "c") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+    assert load_checkpoint(tmp_path / "c") == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_importing_the_package_does_not_import_accelerate():
+    code = "import sys, attn_notes, attn_notes.training.loop, attn_notes.training.experiments; print(*{'accelerate', 'scipy', 'matplotlib', 'tensorboard'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == ""

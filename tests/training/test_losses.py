@@ -1,0 +1,44 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attn_notes.training.losses import token_cross_entropy
+
+
+@given(b=st.integers(1, 4), m=st.integers(1, 6), v=st.integers(2, 9), eps=st.sampled_from([0.0, 0.1, 0.5]), seed=st.integers(0, 99))
+def test_equals_its_definition(b, m, v, eps, seed):
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(b, m, v, generator=random, dtype=torch.float64)
+    target = torch.randint(v, (b, m), generator=random)
+    loss, count = token_cross_entropy(logits, target, label_smoothing=eps)
+    q = (1 - eps) * F.one_hot(target, v) + eps / v
+    each = -(q * logits.log_softmax(-1)).sum(-1)
+    assert count == (target != 0).sum()
+    assert torch.allclose(loss, each[target != 0].sum())
+
+
+def test_sums_and_counts_of_parts_add_up():
+    torch.manual_seed(0)
+    logits, target = torch.randn(6, 5, 8), torch.randint(8, (6, 5))
+    parts = [token_cross_entropy(z, y, label_smoothing=0.1) for z, y in zip(logits.split(2), target.split(2))]
+    whole = token_cross_entropy(logits, target, label_smoothing=0.1)
+    assert torch.allclose(sum(p[0] for p in parts), whole[0]) and sum(p[1] for p in parts) == whole[1]
+
+
+def test_padding_has_no_gradient_and_a_batch_of_padding_no_loss():
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    target = torch.tensor([[1, 2, 9], [3, 9, 9]])
+    token_cross_entropy(logits, target, pad_id=9)[0].backward()
+    assert (logits.grad.abs().sum(-1) > 0).equal(target != 9)
+    loss, count = token_cross_entropy(logits, torch.full((2, 3), 9), pad_id=9)
+    assert loss == 0 and count == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_sum_is_float32(dtype):
+    logits = torch.randn(2, 3, 5, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = token_cross_entropy(logits, torch.ones(2, 3, dtype=torch.long))
+    assert loss.dtype == torch.float32
