@@ -157,7 +157,8 @@ def chapter_table(root: Path = ROOT):
         for name in tested:
             verdicts = [claim.verdict or "open" for claim in claims if claim.chapter == name]
             tally = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys([*COMPUTED, "corrected", "answered", "open"]) if verdict in verdicts)
-            rows.append(f"| [{notebooks[name].title}]({name}.ipynb) | {len(verdicts)} claim{"s" if len(verdicts) > 1 else ""}: {tally} |")
+            count = "1 claim" if len(verdicts) == 1 else f"{len(verdicts)} claims"
+            rows.append(f"| [{notebooks[name].title}]({name}.ipynb) | {count}: {tally} |")
         others = ", ".join(f"[{notebooks[name].title}]({name}.ipynb)" for name in names if name not in tested)
         if others:
             rows.append(f"| {part}: {others} | what the chapters stand on, tested against torch where it has the same |")

@@ -52,7 +52,6 @@ VARIANTS = {
     "first step": ("seq2seq_gru", {}),
     "every step": ("seq2seq_gru", {}),
     "attention": ("seq2seq_bahdanau", {"hidden_size": 80}),
-    "luong": ("seq2seq_luong", {"hidden_size": 96, "dropout": 0.0}),
 }
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #3afd918a

@@ -97,14 +97,19 @@ SEARCH_ONLY = re.compile(r'\s*<script src="[^"]*(?:searchtools|language_data|sea
 
 def trim(output: Path) -> None:
     """Remove what no page asks for."""
+    wanted = set()
     for page in output.rglob("*.html"):
         html = page.read_text(encoding="utf-8")
         for pattern in [*NEEDLESS, *([] if page.name == "search.html" else [SEARCH_ONLY])]:
             html = pattern.sub("", html)
         page.write_text(html, encoding="utf-8")
+        wanted |= set(re.findall(r"_static/images/([\w.-]+)", html))
     for pattern in UNUSED:
         for path in sorted(output.rglob(pattern) if "/" not in pattern else output.glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in wanted:
+                path.unlink()
 
 
 def build_site(output: Path, root: Path = ROOT) -> None:
