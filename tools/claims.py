@@ -161,7 +161,7 @@ def chapter_table(root: Path = ROOT):
             rows.append(f"| [{notebooks[name].title}]({name}.ipynb) | {count}: {tally} |")
         others = ", ".join(f"[{notebooks[name].title}]({name}.ipynb)" for name in names if name not in tested)
         if others:
-            rows.append(f"| {part}: {others} | what the chapters stand on, tested against torch where it has the same |")
+            rows.append(f"| {part}: {others} | no claims of the notes; tests in `tests/` |")
     return Markdown("\n".join(rows))
 
 

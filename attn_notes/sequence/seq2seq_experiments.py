@@ -92,7 +92,7 @@ def opening(history) -> list[float]:
     return [round(row["loss"], 5) for row in history[:10]]
 
 
-@experiment("seq2seq", "variants", [{"name": name} for name in VARIANTS], seeds=range(3))
+@experiment("seq2seq", "variants", [{"name": name} for name in VARIANTS], seeds=range(5))
 def train_variant(seed: int, name: str, steps: int = 700) -> dict:
     """Train one variant on joined phrases; its scores on the test pairs."""
     task = joined_phrases()
@@ -130,7 +130,7 @@ class OwnWords(TranslationTask):
 FEEDBACK = {"teacher": (0.0, 0.0), "scheduled": (0.0, 0.5), "free": (1.0, 1.0)}
 
 
-@experiment("seq2seq", "feedback", [{"name": name} for name in FEEDBACK], seeds=range(3))
+@experiment("seq2seq", "feedback", [{"name": name} for name in FEEDBACK], seeds=range(5))
 def train_feedback(seed: int, name: str, steps: int = 400) -> dict:
     """Train the model with attention on true words, on its own, or on a mixture; its scores on the test pairs."""
     task = joined_phrases()
