@@ -165,6 +165,7 @@ def test_ctrl_c_before_training_gives_130_and_a_line(monkeypatch, capsys, tmp_pa
     assert capsys.readouterr().err == "attn-notes: interrupted\n" and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_reader_who_has_seen_enough_ends_it_quietly():
     process = subprocess.run(f"{sys.executable} -c \"{COMMAND[2]}\" list | head -1", shell=True, capture_output=True, text=True, env=ENVIRONMENT)
     assert process.stdout.split()[0] == an.list_models()[0] and process.stderr == ""

@@ -420,17 +420,17 @@ PAPER = Recipe(optimizer="sgd", learning_rate=0.7, schedule="seq2seq_halving", s
 # %% ../../nbs/sequence/02_seq2seq.ipynb #6d910c69
 TINY = Recipe(learning_rate=4e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=100, max_steps=700, batch_size=64, clip_norm=1.0)
 _tiny = dict(source_vocab_size=1000, target_vocab_size=1000, embedding_size=96, hidden_size=128, num_hidden_layers=1, attention_size=128,
-             maxout_size=128, initializer_range=0.05)
+             maxout_size=128)
 for _name, _model, _config, _known in [
     ("seq2seq_lstm", Seq2SeqLSTM, Seq2SeqConfig(),
-     dict(parameters=384_144_000, paper="Sutskever et al. 2014", recipes={"tiny": TINY, "paper": PAPER},
+     dict(tiny=_tiny | dict(initializer_range=0.22), parameters=384_144_000, paper="Sutskever et al. 2014", recipes={"tiny": TINY, "paper": PAPER},
           figures={"parameters": "384M", "recurrent": "64M", "BLEU, WMT14 en-fr": 30.59})),
     ("seq2seq_gru", Seq2SeqGRU, Seq2SeqConfig(15_000, 15_000, embedding_size=100, num_hidden_layers=1, reverse_source=False, initializer_range=0.01),
-     dict(parameters=24_230_000, paper="Cho et al. 2014")),
+     dict(tiny=_tiny | dict(initializer_range=0.1), parameters=24_230_000, paper="Cho et al. 2014")),
     ("seq2seq_bahdanau", Seq2SeqBahdanau, Seq2SeqConfig(30_000, 30_000, embedding_size=620, num_hidden_layers=1, reverse_source=False, bidirectional=True,
                                                         initializer_range=0.01),
-     dict(parameters=80_451_000, paper="Bahdanau et al. 2015", figures={"BLEU, WMT14 en-fr": 26.75})),
+     dict(tiny=_tiny | dict(initializer_range=0.05), parameters=80_451_000, paper="Bahdanau et al. 2015", figures={"BLEU, WMT14 en-fr": 26.75})),
     ("seq2seq_luong", Seq2SeqLuong, Seq2SeqConfig(50_000, 50_000, dropout=0.2, initializer_range=0.1),
-     dict(parameters=221_114_000, paper="Luong et al. 2015")),
+     dict(tiny=_tiny | dict(initializer_range=0.28, dropout=0.0), parameters=221_114_000, paper="Luong et al. 2015")),
 ]:
-    register_model(_name, _config, chapter="sequence/02_seq2seq", task="translation", tiny=_tiny, **{"recipes": {"tiny": TINY}, **_known})(_model)
+    register_model(_name, _config, chapter="sequence/02_seq2seq", task="translation", **{"recipes": {"tiny": TINY}, **_known})(_model)

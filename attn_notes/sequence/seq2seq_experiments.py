@@ -52,6 +52,7 @@ VARIANTS = {
     "first step": ("seq2seq_gru", {}),
     "every step": ("seq2seq_gru", {}),
     "attention": ("seq2seq_bahdanau", {"hidden_size": 80}),
+    "luong": ("seq2seq_luong", {"hidden_size": 96, "initializer_range": 0.32}),
 }
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #3afd918a

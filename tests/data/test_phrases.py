@@ -48,6 +48,7 @@ def test_dates_are_dates_of_their_year():
     assert len({pair.source for pair in date_pairs()}) > 12_000
 
 
+@pytest.mark.slow
 def test_text_is_normalised():
     for name in LANGUAGES:
         if not name.startswith("wmt14"):
@@ -55,6 +56,7 @@ def test_text_is_normalised():
                 assert pair.source and pair.target and not re.search(r"[^\S ]|  ", pair.source + pair.target)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_pairs():
     code = ("from attn_notes.data.translation import translation_pairs; from hashlib import sha256;"
             "digest = sha256(repr([translation_pairs('cldr-en-fr', split) for split in ('train', 'test')]).encode()).hexdigest()")

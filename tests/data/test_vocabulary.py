@@ -22,6 +22,7 @@ def test_no_token_is_empty_or_holds_a_space(text, language):
     assert all(token and " " not in token for token in tokenize(text, language))
 
 
+@pytest.mark.slow
 def test_all_phrases_round_trip():
     texts = {(language, getattr(pair, side)) for name in ("cldr-en-fr", "cldr-en-de", "cldr-en-zh", "dates-iso") for split in SPLITS
              for pair in translation_pairs(name, split) for language, side in zip(LANGUAGES[name], ("source", "target"))}

@@ -145,6 +145,7 @@ def test_padding_changes_nothing(b, n, pad, seed):
     assert torch.allclose(module(x)[:1], module(x[:1]), atol=1e-12)                   # a row of a batch, alone
 
 
+@pytest.mark.slow
 @pytest.mark.no_shapes                                            # the checks themselves can not be traced
 @pytest.mark.parametrize("training", [True, False])
 def test_other_ways_of_running(training):

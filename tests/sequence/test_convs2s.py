@@ -262,6 +262,7 @@ def test_fake_accelerator():
     assert check_model("convs2s", "fake").without_gradient == ()
 
 
+@pytest.mark.slow
 @pytest.mark.no_shapes
 def test_export():
     model, (source, target, mask) = ConvS2S(TINY).eval(), pairs()

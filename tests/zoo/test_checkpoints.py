@@ -279,6 +279,7 @@ def test_no_bytes_read_as_a_checkpoint_crash(junk):
                 read_state_dict(path)
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("old")
