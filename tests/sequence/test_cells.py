@@ -128,6 +128,15 @@ def test_an_lstm_carries_its_cell_state_over_a_long_padding_to_the_last_bit():
     assert torch.equal(short, long)
 
 
+def test_a_relu_network_that_grows_without_bound_is_closed_over_a_long_padding():
+    torch.manual_seed(0)
+    module = Recurrent("rnn_relu", 4, 8)
+    module.weight_hh_l0.data.abs_()                                             # open, its state would pass the largest float
+    output, state = module(torch.randn(1, 400, 4), lengths_mask(torch.tensor([3]), 400))
+    assert all(part.isfinite().all() for part in (output, state))
+    assert all(gradient.isfinite().all() for gradient in gradients([output, state], list(module.parameters())))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_dicts_go_both_ways_and_hold_nothing_else(kind):
     theirs, ours = pair(kind, 5, 7, 2, True)
