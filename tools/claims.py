@@ -62,7 +62,8 @@ def is_verdict_call(node: ast.AST) -> bool:
     if name == "weakest":
         return bool(node.args) and all(is_verdict_call(argument) for argument in node.args)
     bounds = (node.args + [k.value for k in node.keywords if k.arg in ("low", "high")])[:2] if name == "verdict" else []
-    return len(bounds) == 2 and not any(map(is_literal, bounds))
+    both = any(isinstance(bound, ast.Starred) for bound in bounds)                                  # verdict(*interval, ...)
+    return (both or len(bounds) == 2) and not any(map(is_literal, bounds))
 
 
 def computes_verdict(cell: Cell) -> bool:

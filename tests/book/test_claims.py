@@ -35,7 +35,7 @@ ASSERT = "assert low > 0\n"
 
 @pytest.mark.parametrize("ending", [
     "verdict(low, high, 0.1)", "verdict(low, high=high, margin=0.1)", "outcome = verdict(low, high, 0.1)\noutcome",
-    "weakest(verdict(low, high, 0.1), verdict(a[0], a[1], 0.1))", "experiments.verdict(*bounds, high, margin=1)",
+    "weakest(verdict(low, high, 0.1), verdict(a[0], a[1], 0.1))", "experiments.verdict(*bounds, high, margin=1)", "verdict(*interval(a), margin=1)",
 ])
 def test_computed_verdicts(tmp_path, ending):
     for shown in COMPUTED:
@@ -44,7 +44,7 @@ def test_computed_verdicts(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", [
-    "'confirmed'", "", "print('verdict: confirmed')", "verdict(0.1, 0.2, 0.1)", "verdict(0.1, high, 0.1)", "verdict(low)",
+    "'confirmed'", "", "print('verdict: confirmed')", "verdict(0.1, 0.2, 0.1)", "verdict(*(0.1, 0.2), margin=1)", "verdict(0.1, high, 0.1)", "verdict(low)",
     "outcome = 'confirmed'\noutcome", "outcome = verdict(low, high, 1)\noutcome = 'confirmed'\noutcome",
     "if low > 0:\n    outcome = verdict(low, high, 1)\noutcome", "weakest('confirmed')", "weakest()", "verdict(low, high, 1), 'confirmed'",
 ])

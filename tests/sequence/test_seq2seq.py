@@ -274,6 +274,16 @@ def test_export(name):
     torch.testing.assert_close(exported(source, target_in, mask), model(source, target_in, mask))
 
 
+@pytest.mark.no_shapes                                                # the shape checks would fix the batch
+@pytest.mark.parametrize("name", ["lstm", "luong general"])
+def test_export_keeps_the_batch_open(name):
+    cls, choices = MODELS[name]
+    model, inputs = build(cls, dtype=torch.float32, num_hidden_layers=1, **choices), batch((4, 3), 2)
+    rows = torch.export.Dim("rows", min=2, max=64)
+    exported = torch.export.export(model, inputs, dynamic_shapes=({0: rows},) * 3).module()
+    torch.testing.assert_close(exported(*batch((4, 2, 1), 2)), model(*batch((4, 2, 1), 2)))
+
+
 @every_model
 def test_bfloat16_autocast(cls, choices):
     model, inputs = build(cls, dtype=torch.float32, **choices), batch()
