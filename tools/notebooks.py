@@ -67,13 +67,16 @@ def execute(path: Path) -> float:
 
 def export(paths: list[Path], root: Path = ROOT) -> None:
     """Write the modules that these notebooks export; without notebooks, the whole package of a project."""
+    from nbdev.config import add_init
     from nbdev.doclinks import nbdev_export
     from nbdev.export import nb_export
 
     os.chdir(root)
     for path in paths:
         nb_export(str(path))
-    if not paths:
+    if paths:
+        add_init("attn_notes")
+    else:
         nbdev_export.__wrapped__()
 
 

@@ -18,8 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..foundations.attention import Attend, attention_weights
-from ..foundations.checks import ConfigError, InputError
-from ..foundations.checks import check_choice, check_id_values, check_ids, check_mask_rows, check_mask_shape, check_positive, check_probability
+from attn_notes.foundations.checks import (
+    ConfigError, InputError, check_choice, check_id_values, check_ids, check_mask_rows, check_mask_shape,
+    check_positive, check_probability,
+)
 from ..foundations.initialisation import init_uniform_
 from ..foundations.masks import expand_mask
 from ..foundations.search import beam_search, greedy_search
@@ -30,7 +32,8 @@ from ..zoo.registry import register_model
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #3b694791
 def reverse_words(x: Tensor, mask: Bool[Tensor, "b n"]) -> Tensor:
-    """Each row of `x` (b n ...) reversed inside its own length; the padding, on the right, stays where it is (Sutskever section 3.3)."""
+    """Each row of `x` (b n ...) reversed inside its own length; the padding, on the right, stays where it is
+    (Sutskever section 3.3)."""
     place = torch.arange(x.shape[1], device=x.device)
     index = mask.sum(1, keepdim=True) - 1 - place                          # b n
     index = torch.where(index < 0, place, index)
@@ -80,8 +83,11 @@ class Encoder(nn.Module):
                                    bidirectional=config.bidirectional, dropout=config.dropout)
 
     def forward(self, source: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None):
-        """The top outputs (b n k*h) in the order of the source, and the final states, each (b layers k*h), for k directions."""
-        turn = (lambda x: x) if not self.reverse else (lambda x: x.flip(1) if mask is None else reverse_words(x, mask))
+        """The top outputs (b n k*h) in the order of the source, and the final states, each (b layers k*h),
+        for k directions."""
+        def turn(x):
+            return x if not self.reverse else x.flip(1) if mask is None else reverse_words(x, mask)
+
         outputs, final = self.recurrent(self.dropout(self.embedding(turn(source))), mask)
         return turn(outputs), batch_first(final, self.recurrent.num_layers)
 
@@ -99,16 +105,17 @@ def layer_first(state: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #418aad98
 class Seq2Seq(nn.Module, PretrainedMixin):
-    """The frame of the four models. A subclass gives `encode(source, source_mask)` -> state, a dict of tensors, batch first,
-    and `decode(words (b m), state)` -> logits (b m v) and the state after those words."""
+    """The frame of the four models. A subclass gives `encode(source, source_mask)` -> state, a dict of
+    tensors, batch first, and `decode(words (b m), state)` -> logits (b m v) and the state after those words."""
 
     def forward(self, source: Int[Tensor, "b n"], target_in: Int[Tensor, "b m"],
                 source_mask: Bool[Tensor, "b n"] | None = None,
                 target_mask: Bool[Tensor, "b m"] | None = None) -> Float[Tensor, "b m v"]:
         """Teacher forcing: the logits of every next word, given the target shifted right (eq-s2s-chain).
 
-        Masks are True on real words; padding stands on the right. `target_mask` is there because every encoder-decoder of the
-        book takes one: a recurrent decoder never looks ahead, so it changes nothing. Raises InputError for wrong ranks, types or sizes.
+        Masks are True on real words; padding stands on the right. `target_mask` is there because every
+        encoder-decoder of the book takes one: a recurrent decoder never looks ahead, so it changes nothing.
+        Raises InputError for wrong ranks, types or sizes.
         """
         check_pair(source, target_in, source_mask, target_mask)
         return self.decode(target_in, self.encode(source, source_mask))[0]
@@ -130,20 +137,22 @@ def check_pair(source, target_in, source_mask=None, target_mask=None) -> None:
         if mask is not None:
             check_mask_shape(mask, ids.shape, name.replace("_in", "") + "_mask")
     if source.shape[0] != target_in.shape[0]:
-        raise InputError(f"source and target_in: expected one batch size; got {source.shape[0]} and {target_in.shape[0]}")
+        got = f"{source.shape[0]} and {target_in.shape[0]}"
+        raise InputError(f"source and target_in: expected one batch size; got {got}")
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #6f1bc72d
 def direction_size(config: Seq2SeqConfig) -> int:
-    """The width of one direction of an encoder whose final state must fit a decoder of `hidden_size`; ConfigError if it is odd."""
+    """The width of one direction of an encoder whose final state must fit a decoder of `hidden_size`;
+    ConfigError if it is odd."""
     if config.bidirectional and config.hidden_size % 2:
         raise ConfigError(f"hidden_size must be even, for a half in each direction; got {config.hidden_size}")
     return config.hidden_size // (2 if config.bidirectional else 1)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #8a725c2f
 class Seq2SeqLSTM(Seq2Seq):
-    """Sutskever et al. 2014: the encoder's final (h, c) is the decoder's initial state, and nothing else passes (eq-s2s-lstm).
+    """Sutskever et al. 2014: nothing but the encoder's final (h, c) passes to the decoder (eq-s2s-lstm).
 
-    Reads of the configuration: reverse_source, bidirectional (each direction then has half of hidden_size), initializer_range.
+    Reads of the configuration: reverse_source, bidirectional (each direction half as wide), initializer_range.
     """
 
     def __init__(self, config: Seq2SeqConfig):
@@ -151,7 +160,8 @@ class Seq2SeqLSTM(Seq2Seq):
         self.config = config
         self.encoder = Encoder(config, "lstm", direction_size(config))
         self.embedding = nn.Embedding(config.target_vocab_size, config.embedding_size)
-        self.decoder = Recurrent("lstm", config.embedding_size, config.hidden_size, config.num_hidden_layers, dropout=config.dropout)
+        self.decoder = Recurrent("lstm", config.embedding_size, config.hidden_size, config.num_hidden_layers,
+                                 dropout=config.dropout)
         self.output = nn.Linear(config.hidden_size, config.target_vocab_size)
         self.dropout = nn.Dropout(config.dropout)
         init_uniform_(self, config.initializer_range)
@@ -189,7 +199,8 @@ def generate(self: Seq2Seq, source: Int[Tensor, "b n"], source_mask: Bool[Tensor
                  max_new_tokens=max_new_tokens, device=source.device)
     if num_beams == 1:
         return greedy_search(step, self.encode(source, source_mask), **known)
-    return beam_search(step, self.encode(source, source_mask), num_beams=num_beams, length_penalty=length_penalty, **known)
+    return beam_search(step, self.encode(source, source_mask), num_beams=num_beams,
+                       length_penalty=length_penalty, **known)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #b5e26b54
 class MaxoutOutput(nn.Module):
@@ -205,7 +216,8 @@ class MaxoutOutput(nn.Module):
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #02f471e2
 def init_normal_orthogonal_(module: nn.Module, std: float) -> None:
-    """How Cho's and Bahdanau's models start: N(0, std^2), recurrent matrices orthogonal, biases 0 (Bahdanau appendix B.1)."""
+    """How Cho's and Bahdanau's models start: N(0, std^2), recurrent matrices orthogonal, biases 0
+    (Bahdanau appendix B.1)."""
     for name, parameter in module.named_parameters():
         if "weight_hh" in name:
             for gate in parameter.data.split(parameter.shape[1]):
@@ -222,7 +234,7 @@ def first_state(projected: Float[Tensor, "b _"], config: Seq2SeqConfig) -> tuple
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #8fb4785a
 class Seq2SeqGRU(Seq2Seq):
-    """Cho et al. 2014: a summary of the source enters every decoder step and the output, besides the initial state (eq-s2s-cho)."""
+    """Cho et al. 2014: a summary of the source enters every decoder step and the output (eq-s2s-cho)."""
 
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
@@ -284,12 +296,13 @@ def lstm_update(from_input: Tensor, from_state: Tensor, h: Tensor, c: Tensor) ->
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #0fbb1ee6
 class FeedbackRecurrent(Recurrent):
-    """Recurrent layers over [word; feedback], where the feedback is known only step by step (eq-s2s-bahdanau, eq-s2s-luong).
+    """Recurrent layers over [word; feedback], the feedback known only step by step (eq-s2s-bahdanau).
 
     `project` does the words' share of the first layer for all steps at once, `step` the rest of one step.
     """
 
-    def __init__(self, kind: str, word_size: int, feedback_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0):
+    def __init__(self, kind: str, word_size: int, feedback_size: int, hidden_size: int, num_layers: int = 1,
+                 dropout: float = 0.0):
         super().__init__(kind, word_size + feedback_size, hidden_size, num_layers, dropout=dropout)
         self.word_size, self.update = word_size, {"lstm": lstm_update, "gru": gru_update}[kind]
 
@@ -300,7 +313,8 @@ class FeedbackRecurrent(Recurrent):
              state: tuple[Float[Tensor, "b l h"], ...]) -> tuple[Float[Tensor, "b l h"], ...]:
         from_input, new = projected + F.linear(feedback, self.weight_ih_l0[:, self.word_size:]), []
         for layer in range(self.num_layers):
-            W_ih, W_hh, b_ih, b_hh = (getattr(self, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            W_ih, W_hh, b_ih, b_hh = (getattr(self, f"{name}_l{layer}")
+                                      for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
             if layer > 0:
                 from_input = F.linear(F.dropout(new[-1][0], self.dropout, self.training), W_ih, b_ih)
             old = [s[:, layer] for s in state]
@@ -309,7 +323,8 @@ class FeedbackRecurrent(Recurrent):
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #8824457f
 class Seq2SeqBahdanau(Seq2Seq):
-    """Bahdanau et al. 2015, RNNsearch: for every word a new context, the annotations weighted by the decoder's state (eq-s2s-bahdanau).
+    """Bahdanau et al. 2015, RNNsearch: for every word a new context, the annotations weighted by the
+    decoder's state (eq-s2s-bahdanau).
 
     Reads of the configuration: attention_size, maxout_size, bidirectional (annotations of twice hidden_size).
     """
@@ -334,7 +349,7 @@ class Seq2SeqBahdanau(Seq2Seq):
 def encode(self: Seq2SeqBahdanau, source, source_mask=None):
     annotations, (final,) = self.encoder(source, source_mask)
     mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
-    backward_first = final[:, -1, -self.config.hidden_size:]            # the top layer's second direction: it has just read word 1
+    backward_first = final[:, -1, -self.config.hidden_size:]    # the top layer's second direction, at word 1
     return {"recurrent": first_state(self.initial(backward_first), self.config),
             "annotations": annotations, "keys": self.attend.key(annotations), "mask": mask}
 
@@ -358,7 +373,8 @@ class ProductAttend(Attend):
 
     def __init__(self, hidden_size: int, score: str):
         super().__init__()
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False) if score == "general" else nn.Identity()     # W_a
+        general = score == "general"
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False) if general else nn.Identity()        # W_a
 
     def weights(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], mask=None) -> Float[Tensor, "b h n m"]:
         return attention_weights(q, k, mask, scale=1.0)
@@ -367,7 +383,8 @@ class ProductAttend(Attend):
 class Seq2SeqLuong(Seq2Seq):
     """Luong et al. 2015, global attention, by default with input feeding (eq-s2s-luong).
 
-    Reads of the configuration: score, input_feeding, reverse_source, bidirectional (each direction then has half of hidden_size).
+    Reads of the configuration: score, input_feeding, reverse_source, bidirectional (each direction then has
+    half of hidden_size).
     """
 
     def __init__(self, config: Seq2SeqConfig):
@@ -414,23 +431,26 @@ def decode(self: Seq2SeqLuong, words, state):
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #2725d993
 _epoch = 12_000_000 // 128                                              # steps
-PAPER = Recipe(optimizer="sgd", learning_rate=0.7, schedule="seq2seq_halving", schedule_options={"steps_per_epoch": _epoch},
-               max_steps=int(7.5 * _epoch), batch_size=128, average_over="sequences", clip_norm=5.0)
+PAPER = Recipe(optimizer="sgd", learning_rate=0.7, schedule="seq2seq_halving",
+               schedule_options={"steps_per_epoch": _epoch}, max_steps=int(7.5 * _epoch), batch_size=128, average_over="sequences", clip_norm=5.0)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #6d910c69
-TINY = Recipe(learning_rate=4e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=100, max_steps=700, batch_size=64, clip_norm=1.0)
-_tiny = dict(source_vocab_size=1000, target_vocab_size=1000, embedding_size=96, hidden_size=128, num_hidden_layers=1, attention_size=128,
-             maxout_size=128)
-for _name, _model, _config, _known in [
-    ("seq2seq_lstm", Seq2SeqLSTM, Seq2SeqConfig(),
-     dict(tiny=_tiny | dict(initializer_range=0.22), parameters=384_144_000, paper="Sutskever et al. 2014", recipes={"tiny": TINY, "paper": PAPER},
+TINY = Recipe(learning_rate=4e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=100, max_steps=700,
+              batch_size=64, clip_norm=1.0)
+_tiny = dict(source_vocab_size=1000, target_vocab_size=1000, embedding_size=96, hidden_size=128,
+             num_hidden_layers=1, attention_size=128, maxout_size=128)
+_one_layer = dict(num_hidden_layers=1, reverse_source=False, initializer_range=0.01)
+for _name, _model, _config, _small, _known in [
+    ("seq2seq_lstm", Seq2SeqLSTM, Seq2SeqConfig(), dict(initializer_range=0.22),
+     dict(parameters=384_144_000, paper="Sutskever et al. 2014", recipes={"tiny": TINY, "paper": PAPER},
           figures={"parameters": "384M", "recurrent": "64M", "BLEU, WMT14 en-fr": 30.59})),
-    ("seq2seq_gru", Seq2SeqGRU, Seq2SeqConfig(15_000, 15_000, embedding_size=100, num_hidden_layers=1, reverse_source=False, initializer_range=0.01),
-     dict(tiny=_tiny | dict(initializer_range=0.1), parameters=24_230_000, paper="Cho et al. 2014")),
-    ("seq2seq_bahdanau", Seq2SeqBahdanau, Seq2SeqConfig(30_000, 30_000, embedding_size=620, num_hidden_layers=1, reverse_source=False, bidirectional=True,
-                                                        initializer_range=0.01),
-     dict(tiny=_tiny | dict(initializer_range=0.05), parameters=80_451_000, paper="Bahdanau et al. 2015", figures={"BLEU, WMT14 en-fr": 26.75})),
+    ("seq2seq_gru", Seq2SeqGRU, Seq2SeqConfig(15_000, 15_000, embedding_size=100, **_one_layer),
+     dict(initializer_range=0.1), dict(parameters=24_230_000, paper="Cho et al. 2014")),
+    ("seq2seq_bahdanau", Seq2SeqBahdanau,
+     Seq2SeqConfig(30_000, 30_000, embedding_size=620, bidirectional=True, **_one_layer), dict(initializer_range=0.05),
+     dict(parameters=80_451_000, paper="Bahdanau et al. 2015", figures={"BLEU, WMT14 en-fr": 26.75})),
     ("seq2seq_luong", Seq2SeqLuong, Seq2SeqConfig(50_000, 50_000, dropout=0.2, initializer_range=0.1),
-     dict(tiny=_tiny | dict(initializer_range=0.28, dropout=0.0), parameters=221_114_000, paper="Luong et al. 2015")),
+     dict(initializer_range=0.28, dropout=0.0), dict(parameters=221_114_000, paper="Luong et al. 2015")),
 ]:
-    register_model(_name, _config, chapter="sequence/02_seq2seq", task="translation", **{"recipes": {"tiny": TINY}, **_known})(_model)
+    register_model(_name, _config, chapter="sequence/02_seq2seq", task="translation", tiny=_tiny | _small,
+                   **{"recipes": {"tiny": TINY}, **_known})(_model)
