@@ -493,6 +493,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                'attn_notes/sequence/seq2seq.py'),
                                              'attn_notes.sequence.seq2seq.Encoder.forward': ( 'sequence/seq2seq.html#encoder.forward',
                                                                                               'attn_notes/sequence/seq2seq.py'),
+                                             'attn_notes.sequence.seq2seq.Encoder.turn': ( 'sequence/seq2seq.html#encoder.turn',
+                                                                                           'attn_notes/sequence/seq2seq.py'),
                                              'attn_notes.sequence.seq2seq.FeedbackRecurrent': ( 'sequence/seq2seq.html#feedbackrecurrent',
                                                                                                 'attn_notes/sequence/seq2seq.py'),
                                              'attn_notes.sequence.seq2seq.FeedbackRecurrent.__init__': ( 'sequence/seq2seq.html#feedbackrecurrent.__init__',

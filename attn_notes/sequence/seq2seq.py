@@ -82,14 +82,18 @@ class Encoder(nn.Module):
         self.recurrent = Recurrent(kind, config.embedding_size, direction_size, config.num_hidden_layers,
                                    bidirectional=config.bidirectional, dropout=config.dropout)
 
+    def turn(self, x: Tensor, mask: Bool[Tensor, "b n"] | None) -> Tensor:
+        """`x` (b n ...) from its last word to its first, if the configuration says so; turning twice changes nothing."""
+        if not self.reverse:
+            return x
+        return x.flip(1) if mask is None else reverse_words(x, mask)
+
     def forward(self, source: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None):
         """The top outputs (b n k*h) in the order of the source, and the final states, each (b layers k*h),
         for k directions."""
-        def turn(x):
-            return x if not self.reverse else x.flip(1) if mask is None else reverse_words(x, mask)
-
-        outputs, final = self.recurrent(self.dropout(self.embedding(turn(source))), mask)
-        return turn(outputs), batch_first(final, self.recurrent.num_layers)
+        embedded = self.dropout(self.embedding(self.turn(source, mask)))
+        outputs, final = self.recurrent(embedded, mask)
+        return self.turn(outputs, mask), batch_first(final, self.recurrent.num_layers)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #780fd4f1
 def batch_first(state: Tensor | tuple[Tensor, ...], num_layers: int) -> tuple[Tensor, ...]:
