@@ -18,6 +18,7 @@ def everything(name):
     return [pair for split in SPLITS for pair in translation_pairs(name, split)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLDR)
 def test_about_twelve_thousand_distinct_pairs(name):
     pairs = everything(name)

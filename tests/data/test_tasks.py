@@ -107,6 +107,7 @@ def test_saving_and_loading(task, tmp_path):
         loaded.evaluate(WordForWord(loaded))
 
 
+@pytest.mark.slow
 def test_a_named_task_finds_its_pairs_again(tmp_path):
     task = create_task("translation", "dates-iso", holdout="unit", phrases=2, seed=3)
     task.save(tmp_path)

@@ -10,6 +10,7 @@ SETS = [(name, holdout) for name in LANGUAGES if not name.startswith("wmt14")
         for holdout in (("random", "unit") if name.startswith(("cldr", "dates")) else ("random",))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, holdout", SETS)
 def test_no_pair_is_in_two_splits(name, holdout):
     splits = [{pair.source for pair in translation_pairs(name, split, holdout)} for split in SPLITS]

@@ -314,6 +314,7 @@ def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path):
     assert load_checkpoint(tmp_path / "c") == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_accelerate():
     code = "import sys, attn_notes, attn_notes.training.loop, attn_notes.training.experiments; print(*{'accelerate', 'scipy', 'matplotlib', 'tensorboard'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
