@@ -45,7 +45,7 @@ lab: $(ENV)     ## open the notebooks in Jupyter
 	$(PY) -m jupyter lab --notebook-dir nbs
 
 bench: $(ENV)   ## time the package beside torch's own layers
-	$(PY) -m attn_notes.cli bench
+	.venv/bin/attn-notes bench
 
 clean:          ## remove what the checks and builds leave behind; .venv and docs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .cache

@@ -42,3 +42,10 @@ def test_one_version():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"] == version
     assert f"version: {version}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_make_bench_runs_the_command_line():
+    """A module run with -m that has nothing to run ends quietly, and so did make bench, once."""
+    command = subprocess.run(["make", "-n", "bench"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    shown = subprocess.run(f"{command} --help", shell=True, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert shown.startswith("usage: attn-notes bench")
