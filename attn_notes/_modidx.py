@@ -778,8 +778,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'attn_notes/zoo/checkpoints.py'),
                                             'attn_notes.zoo.checkpoints.load_pretrained': ( 'zoo/checkpoints.html#load_pretrained',
                                                                                             'attn_notes/zoo/checkpoints.py'),
-                                            'attn_notes.zoo.checkpoints.load_weights': ( 'zoo/checkpoints.html#load_weights',
-                                                                                         'attn_notes/zoo/checkpoints.py'),
                                             'attn_notes.zoo.checkpoints.read_config': ( 'zoo/checkpoints.html#read_config',
                                                                                         'attn_notes/zoo/checkpoints.py'),
                                             'attn_notes.zoo.checkpoints.save_weights': ( 'zoo/checkpoints.html#save_weights',
