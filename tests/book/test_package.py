@@ -46,6 +46,6 @@ def test_one_version():
 
 def test_make_bench_runs_the_command_line():
     """A module run with -m that has nothing to run ends quietly, and so did make bench, once."""
-    command = subprocess.run(["make", "-n", "bench"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    command = subprocess.run(["make", "-n", "--no-print-directory", "bench"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     shown = subprocess.run(f"{command} --help", shell=True, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert shown.startswith("usage: attn-notes bench")
