@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .cache import KeyValueCache
 from .checks import InputError, check_divides, check_features, check_positive, check_probability
 from .masks import causal_mask, expand_mask
 
@@ -39,16 +40,17 @@ def attention_naive(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v:
 # %% ../../nbs/foundations/01_attention.ipynb #a618dd9c
 def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
     "The mask that broadcasts to (b h n m), the causal one included; None when nothing is hidden."
-    if is_causal and q.shape[-2] != k.shape[-2]:
-        raise InputError(f"is_causal: expected as many keys as queries; got {k.shape[-2]} keys and {q.shape[-2]} queries")
+    n, m = q.shape[-2], k.shape[-2]
+    if is_causal and n > m:
+        raise InputError(f"is_causal: expected at least as many keys as queries; got {m} keys and {n} queries")
     if mask is not None:
         mask, shape = expand_mask(mask), (*q.shape[:3], k.shape[-2])
         if any(have not in (1, want) for have, want in zip(mask.shape, shape)):
             raise InputError(f"mask: expected one that fits scores (b, h, n, m) of shape {shape}; got {tuple(mask.shape)}")
-    if not is_causal:
+    if not is_causal or n == 1:                                                  # one query is the last place, and may see all
         return mask
-    past = expand_mask(causal_mask(q.shape[-2], q.device), pairs=True)
-    return past if mask is None else mask & past
+    seen = expand_mask(causal_mask(n, q.device, past=m - n), pairs=True)
+    return seen if mask is None else mask & seen
 
 # %% ../../nbs/foundations/01_attention.ipynb #601e4288
 class Attend(nn.Module):
@@ -68,7 +70,7 @@ class Attend(nn.Module):
 
     def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m e"], v: Float[Tensor, "b h m c"],
                 mask: Bool[Tensor, "..."] | None = None, is_causal: bool = False) -> Float[Tensor, "b h n c"]:
-        "Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the keys after the query."
+        "Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the keys after the query; the queries are the last places."
         weights = self.weights(q, k, _allowed(q, k, mask, is_causal))
         if self.record is not None:
             self.record(weights.detach())
@@ -83,7 +85,7 @@ class DotProductAttend(Attend):
 
     def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m c"],
                 mask: Bool[Tensor, "..."] | None = None, is_causal: bool = False) -> Float[Tensor, "b h n c"]:
-        "Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the keys after the query."
+        "Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the keys after the query; the queries are the last places."
         if self.record is not None:
             return super().forward(q, k, v, mask, is_causal)
         only_causal = is_causal and mask is None and q.shape[-2] == k.shape[-2]
@@ -120,21 +122,42 @@ def project(self: MultiHeadAttention, x: Float[Tensor, "b n d"], start: int = 0,
     joined = F.linear(x, self.in_proj_weight[rows], bias)
     return joined.view(*x.shape[:2], stop - start, h, d // h).permute(2, 0, 3, 1, 4)
 
-
+# %% ../../nbs/foundations/01_attention.ipynb #a5af85fc
 @patch
-def forward(self: MultiHeadAttention, x: Float[Tensor, "b n d"], memory: Float[Tensor, "b m d"] | None = None,
-            mask: Bool[Tensor, "..."] | None = None, is_causal: bool = False) -> Float[Tensor, "b n d"]:
-    """Attention from `x` to itself, or to `memory` (b m d) when given: (b n d). `mask` is True where allowed: (b m), (b n m) or (b h n m);
-    `is_causal` hides the keys after the query."""
+def look_up(self: MultiHeadAttention, q: Float[Tensor, "r h n c"], memory: Float[Tensor, "2 b h m c"],
+            mask: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "r h n c"]:
+    """What the queries of r = k b rows find in b rows of projected keys and values; k consecutive rows of q share one of them.
+    `mask` (b m) or (b h n m) as in `attention_weights`."""
+    k, v = memory.unbind(0)
+    r, h, n, c = q.shape
+    if len(k) == 0 or r % len(k):
+        raise InputError(f"memory: expected a number of rows that divides {r}, the rows of x; got {len(k)}")
+    if r == len(k):
+        return self.attend(q, k, v, mask)
+    folded = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)         # b h kn c
+    return self.attend(folded, k, v, mask).unflatten(2, (-1, n)).transpose(1, 2).flatten(0, 1)
+
+# %% ../../nbs/foundations/01_attention.ipynb #1539d2b0
+@patch
+def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
+            memory: Float[Tensor, "b m d"] | Float[Tensor, "2 b h m c"] | None = None,
+            mask: Bool[Tensor, "..."] | None = None, is_causal: bool = False,
+            cache: KeyValueCache | None = None) -> Float[Tensor, "r n d"]:
+    """Attention from `x` to itself, or to `memory` when given: (b n d). `mask` is True where allowed: (b m), (b n m) or (b h n m);
+    `is_causal` hides the keys after the query. `memory` is (b m d), or its keys and values as `project(memory, 1, 3)` gives them,
+    see `look_up`. With a `cache`, x are the words after those in it, and are added."""
     check_features(x, self.hidden_size, "x")
     if memory is None:
         q, k, v = self.project(x).unbind(0)
+        k, v = (k, v) if cache is None else cache.append(k, v)
+        output = self.attend(q, k, v, mask, is_causal)
+    elif memory.ndim == 5:
+        output = self.look_up(self.project(x, 0, 1)[0], memory, mask)
     else:
         check_features(memory, self.hidden_size, "memory")
         if len(memory) != len(x):
             raise InputError(f"memory: expected as many rows as x has, {len(x)}; got {len(memory)}")
-        q, (k, v) = self.project(x, 0, 1)[0], self.project(memory, 1, 3).unbind(0)
-    output = self.attend(q, k, v, mask, is_causal)
+        output = self.attend(self.project(x, 0, 1)[0], *self.project(memory, 1, 3), mask, is_causal)
     return self.out_proj(output.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/foundations/01_attention.ipynb #4f2299d3

@@ -23,11 +23,12 @@ def lengths_mask(lengths: Int[Tensor, "b"], n: int) -> Bool[Tensor, "b n"]:
     return torch.arange(n, device=lengths.device) < lengths[:, None]
 
 # %% ../../nbs/foundations/02_masks.ipynb #4794c079
-def causal_mask(n: int, device: torch.device | str | None = None) -> Bool[Tensor, "n n"]:
-    "True where the key's position is not after the query's: the lower triangle (n n)."
-    if n < 1:
-        raise InputError(f"expected at least one position; got n = {n}")
-    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+def causal_mask(n: int, device: torch.device | str | None = None, past: int = 0) -> Bool[Tensor, "n m"]:
+    """True where the key's position is not after the query's: the lower triangle (n n).
+    With `past`, the queries are the last n of past + n positions: (n past+n)."""
+    if n < 1 or past < 0:
+        raise InputError(f"expected at least one position and a past of at least 0; got n = {n} and past = {past}")
+    return torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)
 
 # %% ../../nbs/foundations/02_masks.ipynb #0c2b26be
 def expand_mask(mask: Bool[Tensor, "..."], pairs: bool = False) -> Bool[Tensor, "b h n m"]:

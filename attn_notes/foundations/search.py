@@ -20,21 +20,22 @@ Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 @torch.no_grad()
-def greedy_search(step: Step, state: Any, batch_size: int, bos_id: int, eos_id: int, pad_id: int, max_new_tokens: int,
-                  device: torch.device | str | None = None) -> Int[Tensor, "b t"]:
-    """The most likely word at every step: ids (b t) without the start symbol, the end symbol included, `pad_id` after it; t is at most `max_new_tokens`.
-    `step(last_ids (b,), state) -> (logits (b v), state)`."""
-    _check(batch_size=batch_size, max_new_tokens=max_new_tokens)
+def greedy_search(step: Step, state: Any, batch_size: int, bos_id: int, eos_id: int, pad_id: int,
+                  max_new_tokens: int | Int[Tensor, "b"], device: torch.device | str | None = None) -> Int[Tensor, "b t"]:
+    """The most likely word at every step: ids (b t) without the start symbol, the end symbol included, `pad_id` after it; t is at most `max_new_tokens`,
+    which is one bound for all rows or one for each. `step(last_ids (b,), state) -> (logits (b v), state)`."""
+    _check(batch_size=batch_size)
+    bounds = _bounds(max_new_tokens, batch_size, device)
     last = torch.full((batch_size,), bos_id, device=device)
     done = torch.zeros(batch_size, dtype=torch.bool, device=device)
     broken = torch.zeros((), dtype=torch.bool, device=device)
     written = []
-    for _ in range(max_new_tokens):
+    for length in range(1, int(bounds.max()) + 1):
         logits, state = step(last, state)
         broken = broken | logits.isnan().any()
         last = logits.argmax(-1).masked_fill(done, pad_id)
         written.append(last)
-        done = done | (last == eos_id)
+        done = done | (last == eos_id) | (length == bounds)
         if done.all():
             break
     if broken:
@@ -49,18 +50,31 @@ def _check(**sizes: int) -> None:
     except ValueError as error:
         raise InputError(str(error)) from None
 
+
+def _bounds(limit: int | Tensor, b: int, device: torch.device | str | None) -> Int[Tensor, "b"]:
+    "The bound on the length of each row. `InputError` unless there is one for all or one for each, whole numbers of at least 1."
+    if not isinstance(limit, Tensor):
+        _check(max_new_tokens=limit)
+        return torch.full((b,), limit, device=device)
+    if limit.shape != (b,) or limit.is_floating_point() or limit.dtype == torch.bool:
+        raise InputError(f"max_new_tokens: expected whole numbers of shape ({b},); got {limit.dtype} of shape {tuple(limit.shape)}")
+    _check(max_new_tokens=int(limit.min()))
+    return limit.to(device)
+
 # %% ../../nbs/foundations/06_search.ipynb #dcd5e650
-def _score(log_p: Tensor, length: int, length_penalty: float) -> Tensor:
+def _score(log_p: Tensor, length: int | Tensor, length_penalty: float) -> Tensor:
     "eq. (eq-length-penalty): log p over ((5 + length) / 6) ** length_penalty."
     return log_p / ((5 + length) / 6) ** length_penalty
 
 # %% ../../nbs/foundations/06_search.ipynb #aa5e7a51
 def reorder_state(state: Any, index: Int[Tensor, "r"], batch_dim: int = 0) -> Any:
     """`state` with the rows `index` of every tensor in it along `batch_dim`: tuples, lists, dicts and dataclasses of tensors, nested in any way.
-    What is no tensor (None, numbers) stays as it is."""
+    An object with a method `reorder` is asked for `reorder(index)`. What is no tensor (None, numbers) stays as it is."""
     def pick(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.index_select(batch_dim, index)
+        if hasattr(part, "reorder"):
+            return part.reorder(index)
         if isinstance(part, dict):
             return type(part)((key, pick(value)) for key, value in part.items())
         if isinstance(part, tuple) and hasattr(part, "_fields"):
@@ -87,11 +101,12 @@ def _extend(log_p: Float[Tensor, "b k"], words: Float[Tensor, "b k v"], eos_id: 
 class _Beam:
     "The open hypotheses of b sentences, k each, and the best complete one."
 
-    def __init__(self, b: int, k: int, pad_id: int, limit: int, length_penalty: float, device: Any) -> None:
-        self.limit, self.length_penalty = limit, length_penalty
+    def __init__(self, bounds: Int[Tensor, "b"], k: int, pad_id: int, length_penalty: float) -> None:
+        b, device, self.limit = len(bounds), bounds.device, int(bounds.max())
+        self.bounds, self.length_penalty = bounds, length_penalty
         self.log_p = torch.full((b, k), -torch.inf, device=device)
         self.log_p[:, 0] = 0.0                                              # k copies of the empty sentence would all go the same way
-        self.ids = torch.full((b, k, limit), pad_id, device=device)
+        self.ids = torch.full((b, k, self.limit), pad_id, device=device)
         self.best_ids, self.best_score = self.ids[:, 0].clone(), torch.full((b,), -torch.inf, device=device)
         self.best_length = torch.zeros(b, dtype=torch.long, device=device)
         self.complete = torch.full((b, k), -torch.inf, device=device)      # scores of the k best complete hypotheses, best first
@@ -118,33 +133,36 @@ def update(self: _Beam, words: Float[Tensor, "b k v"], eos_id: int, length: int)
     self.complete = torch.cat([self.complete, _score(ended, length, self.length_penalty)], dim=1).topk(k).values
     self.log_p, place = going.topk(k)
     self.ids = ids.gather(1, place[..., None].expand(-1, -1, self.limit))
-    now, at_most = (_score(self.log_p[:, 0], n, self.length_penalty) for n in (length, self.limit))
+    now, at_most = (_score(self.log_p[:, 0], n, self.length_penalty) for n in (length, self.bounds))
     self.done = self.done | (self.complete[:, -1] >= now) | (self.best_score >= at_most)
+    at_bound = length == self.bounds
+    self.keep(self.ids, self.log_p.where(at_bound[:, None], -torch.inf), length)
+    self.done = self.done | at_bound
     return parent.gather(1, place), word.gather(1, place)
 
 
 @patch
 def answer(self: _Beam) -> Int[Tensor, "b t"]:
-    "The best sentence of every row; hypotheses still open at the limit take part."
-    self.keep(self.ids, self.log_p, self.limit)
+    "The best sentence of every row."
     if (self.best_length == 0).any():
         raise InputError("step: expected logits with at least one finite number in every row; got none, or NaN")
     return self.best_ids[:, : self.best_length.max()]
 
 # %% ../../nbs/foundations/06_search.ipynb #c39add19
 @torch.no_grad()
-def beam_search(step: Step, state: Any, batch_size: int, bos_id: int, eos_id: int, pad_id: int, max_new_tokens: int,
-                device: torch.device | str | None = None, num_beams: int = 4, length_penalty: float = 1.0) -> Int[Tensor, "b t"]:
+def beam_search(step: Step, state: Any, batch_size: int, bos_id: int, eos_id: int, pad_id: int,
+                max_new_tokens: int | Int[Tensor, "b"], device: torch.device | str | None = None, num_beams: int = 4, length_penalty: float = 1.0) -> Int[Tensor, "b t"]:
     """The best sentence found by a beam of `num_beams`, by log p over the length penalty, eq. (eq-length-penalty): ids (b t) as from `greedy_search`,
     which it equals for `num_beams` = 1. `step` and `state` as there, `state` with one row for each sentence. A row's result does not depend on the others."""
-    _check(batch_size=batch_size, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    _check(batch_size=batch_size, num_beams=num_beams)
+    bounds = _bounds(max_new_tokens, batch_size, device)
     if not length_penalty >= 0:
         raise InputError(f"length_penalty must be at least 0; got {length_penalty}")
     first = torch.arange(batch_size, device=device)[:, None] * num_beams
     state = reorder_state(state, torch.arange(batch_size, device=device).repeat_interleave(num_beams))
-    beam = _Beam(batch_size, num_beams, pad_id, max_new_tokens, length_penalty, device)
+    beam = _Beam(bounds, num_beams, pad_id, length_penalty)
     last = torch.full((batch_size * num_beams,), bos_id, device=device)
-    for length in range(1, max_new_tokens + 1):
+    for length in range(1, beam.limit + 1):
         logits, state = step(last, state)
         words = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         parent, word = beam.update(words.unflatten(0, (batch_size, num_beams)), eos_id, length)
