@@ -73,9 +73,9 @@ class EncoderBlock(nn.Module):
     """Self-attention and feed-forward, each in a `Residual`. `dropout` acts on what the two add to the path, `attention_dropout` on the weights."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int, intermediate_size: int, dropout: float = 0.0, attention_dropout: float = 0.0,
-                 activation: str = "relu", norm_first: bool = False, eps: float = 1e-5, drop_path: float = 0.0) -> None:
+                 attention_bias: bool = True, activation: str = "relu", norm_first: bool = False, eps: float = 1e-5, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(hidden_size, num_attention_heads, attention_dropout)
+        self.attention = MultiHeadAttention(hidden_size, num_attention_heads, attention_dropout, attention_bias)
         self.feed_forward = FeedForward(hidden_size, intermediate_size, activation)
         self.attention_path = Residual(hidden_size, dropout, norm_first, eps, drop_path)
         self.feed_forward_path = Residual(hidden_size, dropout, norm_first, eps, drop_path)

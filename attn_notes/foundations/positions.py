@@ -34,13 +34,13 @@ class SinusoidalPositions(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    "One learned vector for each of `max_position_embeddings` places; begins normal with a standard deviation of 0.02."
+    "One learned vector for each of `max_position_embeddings` places; begins normal with a standard deviation of `std`."
 
-    def __init__(self, hidden_size: int, max_position_embeddings: int) -> None:
+    def __init__(self, hidden_size: int, max_position_embeddings: int, std: float = 0.02) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, max_position_embeddings=max_position_embeddings)
         self.weight = nn.Parameter(torch.empty(max_position_embeddings, hidden_size))
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, n: int, offset: int = 0) -> Float[Tensor, "n d"]:
         "Rows offset ... offset + n - 1 of the table (n d)."
