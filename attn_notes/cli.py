@@ -73,7 +73,7 @@ def bench_command(arguments: argparse.Namespace) -> int:
 
 # %% ../nbs/cli.ipynb #24d4d492
 def _recipe(arguments: argparse.Namespace) -> Any:
-    """The recipe asked for, with the seed and the number of steps that were given; the warm-up keeps its share of the steps.
+    """The recipe asked for, with the seed and the number of steps that were given; the warm-up and the average keep their share of the steps.
 
     Raises ConfigError when the model has no recipe of that name."""
     recipes = model_info(arguments.name).recipes
@@ -81,8 +81,9 @@ def _recipe(arguments: argparse.Namespace) -> Any:
         raise unknown(f"recipe of {arguments.name}", arguments.recipe, list(recipes))
     recipe = recipes[arguments.recipe]
     steps = arguments.max_steps or recipe.max_steps
-    return replace(recipe, seed=recipe.seed if arguments.seed is None else arguments.seed,
-                   max_steps=steps, warmup_steps=recipe.warmup_steps * steps // recipe.max_steps)
+    share = {name: getattr(recipe, name) * steps // recipe.max_steps for name in ("warmup_steps", "average_every")}
+    return replace(recipe, seed=recipe.seed if arguments.seed is None else arguments.seed, max_steps=steps, warmup_steps=share["warmup_steps"],
+                   average_every=max(1, share["average_every"]), average_last=recipe.average_last and min(recipe.average_last, steps))
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -102,9 +103,13 @@ def _prepare(arguments: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
 
     info = model_info(arguments.name)
     try:
-        task = create_task(info.task, arguments.data, data_dir=arguments.data_dir, seed=recipe.seed)
+        task = create_task(info.task, arguments.data, data_dir=arguments.data_dir, seed=recipe.seed,
+                           joint_vocabulary=hasattr(info.config, "vocab_size"))
         manual_seed(recipe.seed)
-        return task, create_model(info.name, **{**(info.tiny if arguments.recipe == "tiny" else {}), **task.overrides()})
+        model = create_model(info.name, **{**(info.tiny if arguments.recipe == "tiny" else {}), **task.overrides()})
+        if hasattr(model.config, "max_position_embeddings"):
+            task.keep_within(model.config.max_position_embeddings)
+        return task, model
     except BaseException:
         if arguments.output.is_dir() and not any(arguments.output.iterdir()):
             arguments.output.rmdir()
@@ -196,7 +201,8 @@ def _add_training(commands: Any) -> None:
     one = commands.add_parser("train", help="train a model", epilog="""examples:
   attn-notes train seq2seq_bahdanau --data cldr-en-fr --output runs/french
   attn-notes train seq2seq_bahdanau --data cldr-en-fr --output runs/french --resume
-  torchrun --nproc-per-node 2 --no-python attn-notes train seq2seq_lstm --recipe paper --data wmt14-en-fr --data-dir DIR --output runs/wmt""")
+  torchrun --nproc-per-node 2 --no-python attn-notes train seq2seq_lstm --recipe paper --data wmt14-en-fr --data-dir DIR --output runs/wmt
+  torchrun --nproc-per-node 8 --no-python attn-notes train transformer_base --recipe paper --data wmt14-en-de --data-dir DIR --output runs/base""")
     one.add_argument("name")
     one.add_argument("--recipe", choices=["tiny", "paper"], default="tiny", help="a small model for one processor, or the paper's (default: tiny)")
     one.add_argument("--data", default="cldr-en-fr", metavar="NAME", help="cldr-en-fr, cldr-en-de, cldr-en-zh, dates-iso, gettext-en-fr, wmt14-en-de, ... (default: cldr-en-fr)")
@@ -204,7 +210,7 @@ def _add_training(commands: Any) -> None:
     one.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder for checkpoints, metrics and the model")
     one.add_argument("--resume", action="store_true", help="continue the run in the output folder from its last checkpoint")
     one.add_argument("--seed", type=int, metavar="N", help="instead of the recipe's")
-    one.add_argument("--max-steps", type=at_least_one, metavar="N", help="instead of the recipe's; the warm-up shrinks with it")
+    one.add_argument("--max-steps", type=at_least_one, metavar="N", help="instead of the recipe's; the warm-up and the average shrink with it")
     one.set_defaults(run=train_command)
     one = commands.add_parser("predict", help="apply a trained model", epilog="""examples:
   attn-notes predict seq2seq_bahdanau "Monday" "two weeks ago"

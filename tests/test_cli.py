@@ -210,6 +210,57 @@ def test_train_interrupt_resume_predict(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+@pytest.fixture
+def wmt14(tmp_path):
+    """A few sentences as the set wmt/wmt14 lies on the hub."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    rows = [{"en": f"{n} of the {house}s, please.", "de": f"{n} der {haus}, bitte!"} for n in range(1, 13) for house, haus in (("house", "Häuser"), ("street", "Straßen"))]
+    kind = pyarrow.struct([("de", pyarrow.string()), ("en", pyarrow.string())])
+    (tmp_path / "wmt" / "de-en").mkdir(parents=True)
+    for split, part in (("train", rows), ("validation", rows[:3]), ("test", rows[3:6])):
+        parquet.write_table(pyarrow.table({"translation": pyarrow.array(part, kind)}), tmp_path / "wmt" / "de-en" / f"{split}-00000-of-00001.parquet")
+    return tmp_path / "wmt"
+
+
+@pytest.mark.parametrize("name", ["transformer_tiny", "seq2seq_gru"])
+def test_wmt14_from_its_files_to_a_translation(wmt14, tmp_path, capsys, name):
+    train = ["train", name, "--data", "wmt14-en-de", "--data-dir", wmt14, "--max-steps", 3, "--output", tmp_path / "run"]
+    assert run(*train) == 0
+    stored = json.loads((tmp_path / "run" / "task.json").read_text())
+    joint = name.startswith("transformer")
+    assert stored["joint_vocabulary"] is joint and ("merges" in stored["source"]) is joint and (stored["source"]["tokens"] == stored["target"]["tokens"]) is joint
+    capsys.readouterr()
+    assert run("predict", name, "--pretrained", tmp_path / "run", "2 of the streets") == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1 and said.err == ""
+
+
+def test_sentences_beyond_the_positions_are_left_out(monkeypatch, tmp_path, capsys):
+    from attn_notes.data import tasks
+
+    long = [tasks.Pair("word " * 200, "Wort " * 200), tasks.Pair("word", "Wort " * 128)]
+    task_pairs = tasks.task_pairs
+    monkeypatch.setattr(tasks, "task_pairs", lambda split, **data: task_pairs(split, **data)[:40] + long * (split == "train"))
+    assert run("train", "transformer_tiny", "--max-steps", 2, "--output", tmp_path / "run") == 0
+    assert "warning: 2 of 42 training pairs have more than 128 tokens, and are left out" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "task.json").read_text())["max_new_tokens"] < 128
+
+
+def test_fewer_steps_keep_the_recipe_in_proportion(monkeypatch):
+    from argparse import Namespace
+
+    from attn_notes import cli
+    from attn_notes.training.recipes import Recipe
+
+    recipe = Recipe(schedule="cosine", warmup_steps=4000, max_steps=100_000, average_last=5, average_every=1500)
+    monkeypatch.setattr(cli, "model_info", lambda name: Namespace(recipes={"paper": recipe}))
+    short = {steps: cli._recipe(Namespace(name="any", recipe="paper", max_steps=steps, seed=None)) for steps in (None, 1000, 50, 3, 1)}
+    assert short[None] == recipe
+    assert {steps: (r.warmup_steps, r.average_last, r.average_every) for steps, r in short.items() if steps} == {1000: (40, 5, 15), 50: (2, 5, 1), 3: (0, 3, 1), 1: (0, 1, 1)}
+
+
 def test_predict_uses_the_shipped_weights_and_reads_lines(monkeypatch, capsys):
     import io
 

@@ -39,7 +39,7 @@ class KeyValueCache:
             shape, found = tuple(self.keys[:, :, : self.length].shape), tuple(k.shape)
             raise InputError(f"cache: expected keys (b h n c) that go on from {shape}; got {found}")
         if self.keys is None or end > self.keys.shape[2]:
-            capacity = max(16, 2 * end)
+            capacity = end + max(16, end // 4)
             self.keys, self.values = (_room(old, k, self.length, capacity) for old in (self.keys, self.values))
         self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v
         self.length = end

@@ -151,7 +151,8 @@ def answer(self: _Beam) -> Int[Tensor, "b t"]:
 # %% ../../nbs/foundations/06_search.ipynb #c39add19
 @torch.no_grad()
 def beam_search(step: Step, state: Any, batch_size: int, bos_id: int, eos_id: int, pad_id: int,
-                max_new_tokens: int | Int[Tensor, "b"], device: torch.device | str | None = None, num_beams: int = 4, length_penalty: float = 1.0) -> Int[Tensor, "b t"]:
+                max_new_tokens: int | Int[Tensor, "b"], device: torch.device | str | None = None,
+                num_beams: int = 4, length_penalty: float = 1.0) -> Int[Tensor, "b t"]:
     """The best sentence found by a beam of `num_beams`, by log p over the length penalty, eq. (eq-length-penalty): ids (b t) as from `greedy_search`,
     which it equals for `num_beams` = 1. `step` and `state` as there, `state` with one row for each sentence. A row's result does not depend on the others."""
     _check(batch_size=batch_size, num_beams=num_beams)

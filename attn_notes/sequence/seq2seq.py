@@ -183,7 +183,7 @@ class Seq2SeqLSTM(Seq2Seq):
 @patch
 @torch.no_grad()
 def generate(self: Seq2Seq, source: Int[Tensor, "b n"], source_mask: Bool[Tensor, "b n"] | None = None,
-             max_new_tokens: int = 50, num_beams: int = 1, length_penalty: float = 1.0) -> Int[Tensor, "b t"]:
+             max_new_tokens: int | Int[Tensor, "b"] = 50, num_beams: int = 1, length_penalty: float = 1.0) -> Int[Tensor, "b t"]:
     """Translations as ids (b t): without the start symbol, with the end symbol, then padding (Sutskever section 3.2).
 
     Raises InputError for ids outside the vocabulary, a mask that hides a row, a beam or a limit below 1.

@@ -163,11 +163,11 @@ def train_feedback(seed: int, name: str, steps: int = 400) -> dict:
 SHIPPED = "seq2seq_bahdanau"
 
 
-def ship(model: Seq2Seq, task: TranslationTask) -> None:
+def ship(model: Seq2Seq, task: TranslationTask, name: str = SHIPPED) -> None:
     """Round the weights to half precision and write them, with the vocabularies, where `pretrained=True` looks."""
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
-    folder = weights_folder(SHIPPED)
+    folder = weights_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
     task.save(folder)

@@ -79,6 +79,13 @@ def _accelerator(recipe: Recipe, folder: Path | None):
         raise ConfigError("recipe: precision fp16 needs a GPU; on the CPU take bf16 or no")
     return accelerator
 
+# %% ../../nbs/training/05_loop.ipynb #5cd8f3da
+def _average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
+    """Where averages of the weights are kept: a running one, an equal mean, or none."""
+    if recipe.ema_decay is not None:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+    return AveragedModel(model) if recipe.average_last else None
+
 # %% ../../nbs/training/05_loop.ipynb #7ded5898
 class Run:
     """What changes while training."""
@@ -88,7 +95,7 @@ class Run:
         self.accelerator = _accelerator(recipe, folder)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model.parameters(), recipe))
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay)) if recipe.ema_decay is not None else None
+        self.average = _average(model, recipe)
         self.step, self.epoch, self.position, self.seconds = 0, 0, 0, 0.0
         self.history, self.metrics = History(), None
         torch.manual_seed(recipe.seed + self.rank)                        # dropout differs from process to process
@@ -154,16 +161,17 @@ def update(self: Run) -> dict[str, float]:
         group["lr"] = lr
     self.optimizer.step()
     self.optimizer.zero_grad()
-    if self.average is not None:
-        self.average.update_parameters(self.bare)
     self.step += 1
+    if recipe.averages(self.step):
+        self.average.update_parameters(self.bare)
     return {"step": self.step, "loss": loss_sum / tokens, "lr": lr}
 
 # %% ../../nbs/training/05_loop.ipynb #b153e1cd
 @patch
 def evaluate(self: Run) -> dict[str, float]:
-    """The task's metrics, as valid_..., of the averaged weights where there are any."""
-    model = self.bare if self.average is None else self.average.module
+    """The task's metrics, as valid_..., of the averaged weights where there are any yet."""
+    averaged = self.average is not None and self.average.n_averaged > 0
+    model = self.average.module if averaged else self.bare
     model.eval()
     with torch.no_grad():
         metrics = self.task.evaluate(model)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..foundations.checks import ConfigError
@@ -34,13 +35,13 @@ _RULES = {
     "ema_decay": ("a number from 0 to below 1, or None", lambda v: v is None or 0 <= v < 1),
     "clip_norm": ("a number above 0, or None", lambda v: v is None or v > 0),
     "warmup_steps seed": _whole(0),
-    "max_steps batch_size accumulate": _whole(1),
-    "max_tokens evaluate_every checkpoint_every": _whole(1, none=True),
+    "max_steps batch_size accumulate average_every": _whole(1),
+    "average_last max_tokens evaluate_every checkpoint_every": _whole(1, none=True),
 }
 
 # %% ../../nbs/training/03_recipes.ipynb #fcdd98f7
 def _check_recipe(recipe) -> None:
-    """ConfigError for the first field outside its rule, or for options that the schedule does not take."""
+    """ConfigError for the first field outside its rule, for averages that exclude each other, or options that the schedule does not take."""
     for names, (expected, allowed) in _RULES.items():
         for name in names.split():
             value = getattr(recipe, name)
@@ -50,6 +51,10 @@ def _check_recipe(recipe) -> None:
                 fits = False
             if not fits:
                 raise ConfigError(f"recipe: {name} should be {expected}, got {value!r}")
+    if recipe.average_last and recipe.ema_decay is not None:
+        raise ConfigError(f"recipe: average_last and ema_decay are two averages, give one; got {recipe.average_last} and {recipe.ema_decay}")
+    if recipe.average_last and (back := (recipe.average_last - 1) * recipe.average_every) >= recipe.max_steps:
+        raise ConfigError(f"recipe: average_last and average_every reach {back} steps back, expected fewer than max_steps={recipe.max_steps}")
     _schedule(recipe)
 
 # %% ../../nbs/training/03_recipes.ipynb #70d6e138
@@ -90,6 +95,8 @@ class Recipe:
     clip_norm: float | None = None
     label_smoothing: float = 0.0
     ema_decay: float | None = None           # of a running average of the weights, which is then evaluated and kept
+    average_last: int | None = None          # instead: the mean of so many weights, the last of the run and
+    average_every: int = 500                 # ... those every so many steps before
     precision: str = "no"                    # no, bf16, fp16
     seed: int = 0
     evaluate_every: int | None = None
@@ -101,6 +108,14 @@ class Recipe:
     def lr(self, step: int) -> float:
         """Learning rate of a step; the first step is 1."""
         return self.learning_rate * _schedule(self)(step)
+
+# %% ../../nbs/training/03_recipes.ipynb #96904a83
+@patch
+def averages(self: Recipe, step: int) -> bool:
+    """Whether the weights after a step go into the average that is evaluated and kept."""
+    back = self.max_steps - step
+    last = self.average_last is not None and back % self.average_every == 0 and back // self.average_every < self.average_last
+    return self.ema_decay is not None or last
 
 # %% ../../nbs/training/03_recipes.ipynb #3201f00c
 def make_optimizer(parameters, recipe: Recipe) -> torch.optim.Optimizer:

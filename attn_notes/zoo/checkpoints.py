@@ -32,6 +32,7 @@ class Layout:
     recognise: Callable[[set[str]], bool]
     rename: tuple[tuple[str, str], ...] = ()
     auxiliary: tuple[str, ...] = ()         # shell patterns of (renamed) keys of heads and other parts that a model may do without
+    absent: tuple[str, ...] = ()            # shell patterns of our keys that this layout never holds
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "The tensors under this book's names."
@@ -71,29 +72,39 @@ def _complete_shared(model: nn.Module, state: dict[str, Tensor], source: str) ->
                 raise CheckpointError(f"{source}: {held[0]} and {name} are one tensor in this model and two in the file")
         state.update({name: state[held[0]] for name in names if held})
 
+# %% ../../nbs/zoo/02_checkpoints.ipynb #d5e61d33
+def _differences(model: nn.Module, state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    "The keys that differ though nothing is wrong, by what happens to them, and those that are wrong, by how."
+    own, heads = model.state_dict(), tuple(getattr(model, "heads", ()))
+    reshaped = [k for k, v in own.items() if k in state and state[k].shape != v.shape]
+    resized = [k for k in reshaped if _matches(k, heads) and state[k].shape[1:] == own[k].shape[1:]]
+    skipped = [k for k in state if k not in own and _matches(k, (*layout.auxiliary, *heads))]
+    absent = [k for k in own if k not in state and _matches(k, layout.absent)]
+    said = {"re-initialised, of another size": resized, "skipped, not in this model": skipped, "not in this layout, left as they were": absent}
+    wrong = {"missing": [k for k in own if k not in state and k not in absent],
+             "unexpected": [k for k in state if k not in own and k not in skipped],
+             "misshapen": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in reshaped if k not in resized]}
+    return said, wrong
+
 # %% ../../nbs/zoo/02_checkpoints.ipynb #4edcf871
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], layouts: tuple[Layout, ...] = (), source: str = "checkpoint") -> None:
     """Copy named tensors into a model, whichever of the `layouts` they come in (the book's own always counts).
 
-    A head of another number of classes keeps its fresh values and heads that the model has not are skipped, with a CheckpointWarning that lists them.
+    A head of another number of classes keeps its fresh values, and so do keys that the layout never holds; heads that the model has not are skipped:
+    all with a CheckpointWarning that lists them.
     Any other missing, unexpected or misshapen key raises CheckpointError, and the model is left as it was."""
     layout = next((one for one in layouts if one.recognise(set(state))), NATIVE)
     state = layout.apply(state)
     _complete_shared(model, state, source)
-    own, heads = model.state_dict(), tuple(getattr(model, "heads", ()))
-    resized = [k for k, v in own.items() if k in state and state[k].shape != v.shape and _matches(k, heads) and state[k].shape[1:] == v.shape[1:]]
-    skipped = [k for k in state if k not in own and _matches(k, (*layout.auxiliary, *heads))]
-    misshapen = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
-                 if k in state and state[k].shape != v.shape and k not in resized]
-    wrong = {"missing": [k for k in own if k not in state], "unexpected": [k for k in state if k not in own and k not in skipped], "misshapen": misshapen}
+    said, wrong = _differences(model, state, layout)
     if any(wrong.values()):
         raise CheckpointError(f"{source} ({layout.name} layout) does not fit {type(model).__name__}: "
                               + "; ".join(f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in wrong.items() if keys))
-    if resized or skipped:
-        parts = {"re-initialised, of another size": resized, "skipped, not in this model": skipped}
-        warnings.warn(f"{source}: " + "; ".join(f"{what}: {_listed(keys)}" for what, keys in parts.items() if keys), CheckpointWarning, stacklevel=2)
+    if any(said.values()):
+        warnings.warn(f"{source}: " + "; ".join(f"{what}: {_listed(keys)}" for what, keys in said.items() if keys), CheckpointWarning, stacklevel=2)
+    own, left = model.state_dict(), {key for keys in said.values() for key in keys}
     if not any(value.is_meta for value in own.values()):        # a model without memory is only compared
-        model.load_state_dict({key: state[key] for key in own if key not in resized}, strict=not resized)
+        model.load_state_dict({key: state[key] for key in own if key not in left}, strict=not left)
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #379cbc20
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..foundations.checks import ConfigError
 
 # %% ../../nbs/zoo/01_registry.ipynb #74c8b97e
-MODEL_MODULES = ["attn_notes.sequence.seq2seq", "attn_notes.sequence.convs2s"]      # the chapters that register models, in reading order
+MODEL_MODULES = ["attn_notes.sequence.seq2seq", "attn_notes.sequence.convs2s", "attn_notes.sequence.transformer"]      # the chapters that register models, in reading order
 
 # %% ../../nbs/zoo/01_registry.ipynb #1c386985
 @dataclass(frozen=True)

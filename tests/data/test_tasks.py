@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from attn_notes.data.phrases import Pair
-from attn_notes.data.tasks import TranslationTask, create_task, load_task, translation_scores
-from attn_notes.data.vocabulary import Vocabulary
+from attn_notes.data.tasks import PAPER_SUBWORDS, PAPER_VOCABULARIES, TranslationTask, create_task, load_task, translation_scores
+from attn_notes.data.vocabulary import Subwords, Vocabulary
 from attn_notes.foundations.checks import CheckpointError, ConfigError, InputError
 
 RECIPE = SimpleNamespace(batch_size=4, max_tokens=None, seed=0, label_smoothing=0.0)
@@ -116,6 +116,27 @@ def test_a_named_task_finds_its_pairs_again(tmp_path):
     assert "data_dir" not in json.loads((tmp_path / "task.json").read_text())["data"]
 
 
+@pytest.mark.parametrize("name", ["cldr-en-zh", "dates-iso"])
+def test_one_vocabulary_for_both_languages(tmp_path, name):
+    apart, joint = create_task("translation", name), create_task("translation", name, joint_vocabulary=True)
+    source, target = joint.source_vocab, joint.target_vocab
+    assert source.tokens == target.tokens and [source.language, target.language] == [apart.source_vocab.language, apart.target_vocab.language]
+    assert set(source.tokens) == {*apart.source_vocab.tokens, *apart.target_vocab.tokens} and joint.overrides() == {"vocab_size": len(source)}
+    pair = joint.pairs("train")[0]
+    assert [source.decode(source.encode(pair.source)), target.decode(target.encode(pair.target))] == [pair.source, pair.target]
+    joint.save(tmp_path)
+    loaded = load_task(tmp_path)
+    assert loaded.overrides() == joint.overrides() and [loaded.source_vocab, loaded.target_vocab] == [source, target]
+
+
+def test_a_task_file_from_before_joint_vocabularies(task, tmp_path):
+    task.save(tmp_path)
+    stored = json.loads((tmp_path / "task.json").read_text())
+    assert stored.pop("joint_vocabulary") is False
+    (tmp_path / "task.json").write_text(json.dumps(stored))
+    assert load_task(tmp_path).overrides() == task.overrides()
+
+
 def test_wmt14_is_a_task_too(tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.en").write_text("a b\nc\n")
@@ -126,9 +147,42 @@ def test_wmt14_is_a_task_too(tmp_path):
     assert load_task(tmp_path, data_dir=tmp_path).pairs("test") == task.pairs("test")
 
 
+def test_wmt14_with_one_vocabulary_has_pieces_of_words(tmp_path):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.en").write_text("the lower house\nthe lowest\n")
+        (tmp_path / f"{split}.de").write_text("das Haus\ndas niedrigste, größte\n")
+    task = create_task("translation", "wmt14-en-de", data_dir=tmp_path, joint_vocabulary=True)
+    assert isinstance(task.source_vocab, Subwords) and task.overrides() == {"vocab_size": len(task.source_vocab)}
+    assert task.source_vocab.tokens == task.target_vocab.tokens and task.target_vocab.language == "de"
+    task.save(tmp_path)
+    loaded = load_task(tmp_path, data_dir=tmp_path)
+    assert [loaded.source_vocab, loaded.target_vocab] == [task.source_vocab, task.target_vocab] and loaded.ids("train") == task.ids("train")
+
+
+def test_pairs_that_are_too_long_are_left_out(task):
+    before = [pair for pair, (a, b) in zip(task.pairs("train"), task.ids("train")) if len(a) == 1]
+    with pytest.warns(UserWarning, match="70 of 72 training pairs have more than 2 tokens"):
+        task.keep_within(2)                                                  # a word and <eos>
+    assert task.pairs("train") == before and [len(target) for _, target in task.ids("train")] == [1, 1] and task.max_new_tokens == 2
+    assert sum(len(batch["source"]) for batch in task.train_batches(RECIPE)) == 2
+
+
+def test_nothing_is_said_of_pairs_that_fit(task, recwarn):
+    bound = task.max_new_tokens
+    task.keep_within(50)
+    assert not recwarn and len(task.ids("train")) == 72 and task.max_new_tokens == bound
+    with pytest.raises(InputError, match="at most 1 tokens, got none"):
+        task.keep_within(1)
+
+
+def test_the_papers_sizes():
+    assert PAPER_VOCABULARIES == {"wmt14": (160_000, 80_000)} and PAPER_SUBWORDS == {"wmt14-en-de": 37_000, "wmt14-en-fr": 32_000}
+
+
 @pytest.mark.no_shapes
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"kind": "translation"}', '{"kind": "painting"}',
-                                     '{"kind": "translation", "source": {"tokens": ["a", "a"], "language": "en"}}'])
+                                     '{"kind": "translation", "source": {"tokens": ["a", "a"], "language": "en"}}',
+                                     '{"kind": "translation", "source": {"tokens": ["a"], "merges": [["a", "b"]], "language": "en"}}'])
 def test_a_broken_task_file(tmp_path, content):
     if content is not None:
         (tmp_path / "task.json").write_text(content)
@@ -142,6 +196,8 @@ def test_bad_arguments():
         create_task("painting")
     with pytest.raises(ConfigError, match="cldr-en-fr"):
         create_task("translation", "cldr-en-frr")
+    with pytest.raises(ConfigError, match="joint vocabulary: expected the same tokens"):
+        TranslationTask(Vocabulary(["a"]), Vocabulary(["b"]), joint_vocabulary=True)
     with pytest.raises(ConfigError, match="phrases"):
         create_task(phrases=0)
     with pytest.raises(InputError, match="data_dir"):

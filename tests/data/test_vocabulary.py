@@ -1,12 +1,14 @@
 """Cutting text loses nothing, and ids mean the same on every machine."""
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attn_notes.data.translation import LANGUAGES, SPLITS, translation_pairs
-from attn_notes.data.vocabulary import Vocabulary, detokenize, need, normalise, tokenize
+from attn_notes.data.vocabulary import Subwords, Vocabulary, detokenize, need, normalise, tokenize, vocabulary_from
 from attn_notes.foundations.checks import ConfigError, InputError
 
 TEXT = st.text(st.one_of(st.sampled_from("a1 ,‿▁-é公年、’\u0301\u202f\u2028<>"), st.characters(codec="utf-8")), max_size=30)
@@ -54,10 +56,78 @@ def test_order_is_by_count_then_alphabet():
     assert Vocabulary.build(["a a b b c"], min_count=2).tokens[4:] == ["a", "b"]
 
 
+def test_two_languages_share_one_list():
+    english, chinese = Vocabulary.build_joint([["b a 1", "b"], iter(["1英 b", "英"])], ["en", "zh"])
+    assert english.tokens[4:] == chinese.tokens[4:] == ["1", "b", "英", "a", "▁b"] and [english.language, chinese.language] == ["en", "zh"]
+    assert Vocabulary.build_joint([["b a", "b"]], ["en"], max_size=5)[0] == Vocabulary.build(["b a", "b"], max_size=5)
+
+
 def test_special_tokens():
     vocabulary = Vocabulary(["a"])
     assert vocabulary.encode("a b") == [4, 3] and vocabulary.unknown("a b c") == ["b", "c"]
     assert vocabulary.decode([1, 4, 3, 2, 4, 0]) == "a <unk>" and vocabulary.decode([]) == ""
+
+
+# pieces of words
+
+ENGLISH = ["the lower house", "the lowest house of the widest street, No. 12", "a house", "I declare resumed the session."] * 3
+GERMAN = ["das Haus", "das niedrigste Haus der breitesten Straße, Nr. 12", "ein Haus", "Ich erkläre die Sitzung für wiederaufgenommen."] * 3
+
+
+@given(st.lists(TEXT, min_size=1, max_size=4), TEXT, st.integers(5, 60))
+def test_pieces_spell_every_text_of_known_characters(texts, other, size):
+    pieces = Subwords.build([*texts, *texts], max_size=size)
+    for text in [*texts, other]:
+        ids = pieces.encode(text)
+        known = not pieces.unknown(text)
+        assert (3 in ids) == (not known) and not {0, 1, 2} & set(ids) and all(3 <= i < len(pieces) for i in ids)
+        assert not known or pieces.decode([1, *ids, 2, 0]) == normalise(text)
+    assert len(pieces) <= max(size, 4 + len(set("".join(pieces.tokens[4:]))))
+
+
+def test_a_piece_crosses_no_space_and_no_digit_joins_another():
+    pieces = Subwords.build(["12 12 miles, 每小时12公里"] * 9, max_size=500)
+    assert all(" " not in token[1:] for token in pieces.tokens) and not {"12", " 12", "小时"} & set(pieces.tokens) and " miles" in pieces.tokens
+    assert [pieces.tokens[i] for i in pieces.encode("miles 121")] == [" miles", " 1", "2", "1"]
+
+
+def test_pieces_have_the_interface_of_a_vocabulary():
+    english, german = Subwords.build_joint([ENGLISH, iter(GERMAN)], ["en", "de"], max_size=90)
+    assert len(english) == len(german) == 90 and english.tokens == german.tokens and english.tokens[:4] == Vocabulary([]).tokens
+    assert [english.language, german.language] == ["en", "de"] and english != german
+    assert english == Subwords.build_joint([ENGLISH, GERMAN], ["en", "de"], max_size=90)[0]
+    assert english.decode(english.encode("the hottest session")) == "the hottest session" and english.encode("") == []
+    assert english.unknown("tée ?§?") == ["é", "?", "§", "?"] and english.decode(english.encode("é t")) == "<unk> t"
+    stored = json.loads(json.dumps(german.to_dict()))
+    assert vocabulary_from(stored) == german == Subwords.from_dict(stored) and vocabulary_from(stored).encode("das Hau§") == german.encode("das Hau§")
+    plain = Vocabulary(german.tokens[4:], "de")
+    assert vocabulary_from(plain.to_dict()) == plain != german and german != plain
+
+
+def test_texts_that_look_like_special_tokens_are_texts():
+    pieces = Subwords.build(["<pad> <eos> <unk>"] * 3, max_size=40)
+    assert min(pieces.encode("<pad><eos>")) > 3 and pieces.decode(pieces.encode("<pad> <eos>")) == "<pad> <eos>"
+
+
+def test_training_is_the_same_in_every_process():
+    code = f"from attn_notes.data.vocabulary import Subwords; print(Subwords.build({ENGLISH + GERMAN!r}, max_size=120).to_dict())"
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert said == {f"{Subwords.build(ENGLISH + GERMAN, max_size=120).to_dict()}\n"}
+
+
+@pytest.mark.no_shapes
+def test_bad_pieces(monkeypatch):
+    with pytest.raises(ConfigError, match="merges of two tokens to one"):
+        Subwords(["a", "b"], [["a", "b"]])
+    with pytest.raises(ConfigError, match="merges of two tokens to one"):
+        Subwords(["a", "b", "ab"], [["a"]])
+    with pytest.raises(ConfigError, match="max_size of at least 5"):
+        Subwords.build(["a"], max_size=4)
+    with pytest.raises(InputError, match="0 to 4, got 5"):
+        Subwords(["a"], []).decode([5])
+    monkeypatch.setattr("attn_notes.data.vocabulary.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tokenizers.*attn_notes\[data\]"):
+        Subwords(["a"], [])
 
 
 @pytest.mark.no_shapes

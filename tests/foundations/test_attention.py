@@ -79,6 +79,23 @@ def test_scale():
     assert torch.allclose(attention_weights(q, k, scale=2 * 8**-0.5), attention_weights(2 * q, k))
 
 
+@given(st.integers(1, 40), st.integers(0, 99))
+def test_scores_are_divided_by_the_root_of_the_width(d, seed):
+    q, k, v = qkv(d=d, seed=seed)
+    expected = (q @ k.mT / d**0.5).softmax(-1) @ v
+    for form in (lambda *x: attention_naive(*x)[0], DotProductAttend(), lambda *x: Attend.forward(DotProductAttend(), *x)):
+        assert torch.allclose(form(q, k, v), expected, atol=1e-12)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_fused_projection_equals_separate_heads(h, c, seed):
+    torch.manual_seed(seed)
+    module, x = shaken(MultiHeadAttention(h * c, h).double()), torch.randn(2, 3, h * c, dtype=torch.float64)
+    weight, bias = module.in_proj_weight.view(3, h, c, h * c), module.in_proj_bias.view(3, h, c)
+    heads = [attention_naive(*(F.linear(x, weight[i, j], bias[i, j])[:, None] for i in range(3)))[0][:, 0] for j in range(h)]
+    assert torch.allclose(module(x), module.out_proj(torch.cat(heads, -1)), atol=1e-12)
+
+
 def test_dropout_is_on_in_training_only():
     inputs = qkv()
     attend = DotProductAttend(0.5)

@@ -69,6 +69,19 @@ def test_drop_path_takes_whole_samples():
     assert torch.equal(DropPath(0.0)(x), x) and DropPath(0.3)(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_residual_dropout_takes_entries(norm_first):
+    "Element by element, on the sub-layer's output and not on the path: no sample and no token goes as a whole."
+    torch.manual_seed(0)
+    path, x, branch = Residual(8, dropout=0.3, norm_first=norm_first), torch.zeros(2000, 3, 8), torch.ones(2000, 3, 8)
+    path.norm = nn.Identity()
+    y = path(x, lambda _: branch)
+    zeros = (y == 0).flatten(1).double()
+    assert torch.allclose(y[y != 0], torch.tensor(1 / 0.7)) and (zeros.mean(0) - 0.3).abs().max() < 0.06
+    assert (torch.corrcoef(zeros.T) - torch.eye(24, dtype=torch.float64)).abs().max() < 0.12
+    assert torch.equal(path(x + 1, torch.zeros_like), x + 1)
+
+
 def test_feed_forward_works_on_each_token_alone():
     ffn, x = FeedForward(8, 16, "gelu"), torch.randn(2, 5, 8)
     assert torch.allclose(ffn(x)[:, 2], ffn(x[:, 2]), atol=1e-6)

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attn_notes.foundations.attention import DotProductAttend, attention_naive
 from attn_notes.foundations.checks import InputError
 from attn_notes.foundations.masks import causal_mask, expand_mask, lengths_mask, padding_mask
 
@@ -25,6 +26,29 @@ def test_padding_mask_agrees_with_lengths():
 def test_causal_mask_is_a_triangle(n):
     i = torch.arange(n)
     assert torch.equal(causal_mask(n), i[None] <= i[:, None])
+
+
+def multiplied(q, k, v, mask):
+    "The wrong way: hidden scores are set to zero."
+    return (q @ k.mT * q.shape[-1] ** -0.5 * expand_mask(mask)).softmax(-1) @ v
+
+
+@given(st.integers(1, 7), st.integers(0, 4), st.data())
+def test_a_later_word_leaves_earlier_outputs_untouched(n, past, data):
+    "In the readable and in the fast form, with and without a past; not where the mask is multiplied."
+    changed = data.draw(st.integers(min(1, past), past + n - 1))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    q, k, v = (torch.randn(1, 2, m, 8) for m in (n, past + n, past + n))
+    other_k, other_v = k.clone(), v.clone()
+    other_k[:, :, changed] += 1
+    other_v[:, :, changed] -= 1
+    mask, earlier = causal_mask(n, past=past)[None], max(changed - past, 0)      # queries before the changed word
+    for attend in (lambda *x: attention_naive(*x)[0], DotProductAttend()):
+        before, after = attend(q, k, v, mask), attend(q, other_k, other_v, mask)
+        assert torch.equal(before[:, :, :earlier], after[:, :, :earlier])
+        assert not torch.equal(before[:, :, earlier:], after[:, :, earlier:])
+    leak = multiplied(q, k, v, mask) - multiplied(q, other_k, other_v, mask)
+    assert (leak[:, :, :earlier].abs().amax((0, 1, 3)) > 1e-4).all()
 
 
 def test_masks_are_made_where_they_are_asked_for():

@@ -27,6 +27,17 @@ def test_distance_alone_decides_the_product():
         assert (diagonal - diagonal[0]).abs().max() < 1e-4
 
 
+@given(st.integers(1, 12).map(lambda half: 2 * half), st.integers(1, 20), st.integers(0, 20), st.integers(0, 40))
+def test_a_step_is_one_rotation(d, n, start, k):
+    "The rows k places on are R_k times the rows, with one R_k for all places; and they begin at the angle zero."
+    positions = SinusoidalPositions(d, 100)
+    angle = k * 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    c, s = angle.cos(), angle.sin()
+    turn = torch.block_diag(*torch.stack([torch.stack([c, s], -1), torch.stack([-s, c], -1)], -2))
+    assert torch.allclose(positions(n, offset=start).double() @ turn.T, positions(n, offset=start + k).double(), atol=1e-5)
+    assert torch.equal(positions(1), torch.tensor([[0.0, 1.0] * (d // 2)]))
+
+
 @pytest.mark.parametrize("kind", [SinusoidalPositions, LearnedPositions])
 def test_offsets_join(kind):
     positions = kind(8, 20)

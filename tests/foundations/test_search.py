@@ -85,6 +85,31 @@ def test_alone_as_in_company(b, limit, beams, seed):
     assert words(search(models, limit)) == [words(search(models[i : i + 1], limit))[0] for i in range(b)]
 
 
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=6), st.sampled_from([None, 1, 3]), st.integers(0, 999), st.booleans(), st.sampled_from([0.0, 0.6]))
+def test_every_row_has_its_own_bound(limits, beams, seed, endless, alpha):
+    "A row in company gets what it gets alone; without an end symbol to choose, it is as long as its bound."
+    models = tables(len(limits), seed)
+    if endless:
+        models[..., EOS] = -torch.inf
+    options = {} if beams is None else {"num_beams": beams, "length_penalty": alpha}
+    together = words(search(models, torch.tensor(limits), **options))
+    assert together == [words(search(models[i : i + 1], limit, **options))[0] for i, limit in enumerate(limits)]
+    assert not endless or [len(sentence) for sentence in together] == limits
+    assert torch.equal(search(models, torch.full((len(limits),), 4), **options), search(models, 4, **options))
+
+
+def test_a_row_at_its_bound_does_not_keep_the_search_going():
+    calls = []
+
+    def counted(last, state):
+        calls.append(1)
+        return torch.tensor([0.0, 0, -torch.inf, 1, 2]).expand(len(last), -1), state
+
+    for call in (lambda limits: greedy_search(counted, None, 2, BOS, EOS, PAD, limits), lambda limits: beam_search(counted, None, 2, BOS, EOS, PAD, limits)):
+        calls.clear()
+        assert [len(row) for row in words(call(torch.tensor([5, 3])))] == [5, 3] and len(calls) == 5
+
+
 @given(st.integers(1, 5), st.integers(1, 8), st.integers(0, 999))
 def test_form_of_the_answer(beams, limit, seed):
     for ids in (search(tables(4, seed), limit), search(tables(4, seed), limit, num_beams=beams)):
@@ -182,6 +207,21 @@ class Cache:
     length: int = 3
 
 
+@dataclass
+class Doubling:
+    "A dataclass that knows better than to be copied."
+    rows: Tensor
+    asked: int = 0
+
+    def reorder(self, index):
+        return Doubling(self.rows, self.asked + len(index))
+
+
+def test_an_object_reorders_itself():
+    state = reorder_state([Doubling(torch.arange(3)), {"inner": Doubling(torch.arange(3), 5)}], torch.tensor([2, 0]))
+    assert state[0].asked == 2 and state[1]["inner"].asked == 7 and torch.equal(state[0].rows, torch.arange(3))
+
+
 def test_reorder_state_reaches_everything():
     rows, index = torch.arange(6).view(3, 2), torch.tensor([2, 0])
     state = {"a": [rows, None, (rows, "text")], "b": Point(rows, 5), "c": Cache(rows)}
@@ -198,11 +238,16 @@ def test_reorder_state_reaches_everything():
 
 @pytest.mark.no_shapes
 @pytest.mark.parametrize("options, words", [({"num_beams": 0}, "num_beams"), ({"num_beams": 1.5}, "num_beams"), ({"length_penalty": -1.0}, "length_penalty"),
-                                            ({"length_penalty": float("nan")}, "length_penalty"), ({"limit": 0}, "max_new_tokens")])
+                                            ({"length_penalty": float("nan")}, "length_penalty"), ({"limit": 0}, "max_new_tokens"),
+                                            ({"limit": torch.tensor([3, 0])}, "max_new_tokens"), ({"limit": torch.tensor([3, 2, 1])}, r"shape \(2,\)"),
+                                            ({"limit": torch.tensor([3.0, 2.0])}, "whole numbers"), ({"limit": torch.tensor([True, True])}, "whole numbers")])
 def test_bad_options(options, words):
     options = {"num_beams": 2, **options}
     with pytest.raises(InputError, match=words):
         search(tables(2, 0), **options)
+    if "limit" in options:
+        with pytest.raises(InputError, match=words):
+            search(tables(2, 0), options["limit"])
 
 
 @pytest.mark.no_shapes

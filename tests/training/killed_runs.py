@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate.utils  # noqa: F401  (what a run imports is imported once, before the forks)
@@ -18,6 +19,14 @@ import torch.utils.tensorboard  # noqa: F401
 
 from attn_notes.training import checkpoints, loop
 from training_toy import RECIPE, Toy, toy_model
+
+
+AVERAGING = replace(RECIPE, ema_decay=None, average_last=3, average_every=2)
+
+
+def recipe_of(moment: str):
+    """The moments of an averaging run end in these words."""
+    return AVERAGING if moment.endswith(", averaging") else RECIPE
 
 
 def die(*_, **__):
@@ -70,6 +79,7 @@ def half_a_line(record, call: int):
 
 def sabotage(moment: str) -> None:
     """Arrange for this process to be killed."""
+    moment = moment.removesuffix(", averaging")
     if moment == "in a forward pass":
         Toy.loss = dying(Toy.loss, 8)
     elif moment == "between gradient and update":
@@ -105,12 +115,12 @@ def in_fork(work, *arguments) -> int:
 
 def first_run(folder: Path, moment: str) -> None:
     sabotage(moment)
-    loop.train(toy_model(), Toy(), RECIPE, folder, progress=False)
+    loop.train(toy_model(), Toy(), recipe_of(moment), folder, progress=False)
 
 
-def resumed_run(folder: Path) -> None:
+def resumed_run(folder: Path, moment: str) -> None:
     model = toy_model()
-    loop.train(model, Toy(), RECIPE, folder, resume=True, progress=False)
+    loop.train(model, Toy(), recipe_of(moment), folder, resume=True, progress=False)
     (folder / "digest").write_text(digest(model))
 
 
@@ -137,7 +147,7 @@ def main(root: Path, moments: list[str]) -> None:
         folder = root / str(i)
         killed = killed_from_outside(folder, 4) if moment == "from outside" else in_fork(first_run, folder, moment)
         in_fork(lambda: (folder / "step").write_text(str(torch.load(folder / "checkpoint.pt", weights_only=True)["step"])))
-        in_fork(resumed_run, folder)
+        in_fork(resumed_run, folder, moment)
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found[moment] = {"killed": killed, "step": int((folder / "step").read_text()), "digest": (folder / "digest").read_text(),
                          "steps": steps, "parts": [p.name for p in folder.iterdir() if p.name.endswith(".part")]}

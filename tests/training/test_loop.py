@@ -101,6 +101,43 @@ def test_average_of_weights():
     assert history[-1]["valid_loss"] == pytest.approx(Toy().evaluate(averaged)["loss"], abs=1e-5)
 
 
+class Watching(Toy):
+    """Keeps the weights that it is asked to evaluate."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def evaluate(self, model):
+        self.seen.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+        return super().evaluate(model)
+
+
+def test_mean_of_the_last_weights():
+    plain, averaged = Watching(), Watching()
+    recipe = replace(RECIPE, ema_decay=None, evaluate_every=1)
+    run(recipe, plain, dropout=0.2)
+    model, history = run(replace(recipe, average_last=3, average_every=2), averaged, dropout=0.2)
+    after = dict(enumerate(plain.seen, start=1))
+    means = {step: torch.stack([after[s] for s in (8, 10, 12) if s <= step]).mean(0) for step in range(8, 13)}
+    for step, seen in enumerate(averaged.seen, start=1):                    # before the first of the three: the weights themselves
+        torch.testing.assert_close(seen, means.get(step, after[step]), rtol=0, atol=1e-6 if step >= 8 else 0)
+    torch.testing.assert_close(nn.utils.parameters_to_vector(model.parameters()).detach(), means[12], rtol=0, atol=1e-6)
+    assert (after[12] - means[12]).abs().max() > 1e-3 and history[-1]["valid_loss"] == Toy().evaluate(model)["loss"]
+    last, _ = run(replace(recipe, average_last=1), dropout=0.2)
+    assert torch.equal(nn.utils.parameters_to_vector(last.parameters()), after[12])
+
+
+@pytest.mark.parametrize("at", [3, 8, 9, 10, 12])
+def test_an_interrupted_mean_goes_on(tmp_path, at):
+    recipe = replace(RECIPE, ema_decay=None, average_last=3, average_every=2)
+    whole, _ = run(recipe, dropout=0.2)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, Stopping(at), dropout=0.2, output_dir=tmp_path)
+    model, _ = run(recipe, dropout=0.2, output_dir=tmp_path, resume=True)
+    assert same(model, whole)
+
+
 def test_bf16_trains_and_leaves_the_model_as_it_was():
     full, _ = run()
     model, history = run(replace(SHORT, precision="bf16"))
@@ -241,6 +278,18 @@ def test_refuses_folders_and_checkpoints(tmp_path):
     (tmp_path / "run" / "checkpoint.pt").write_bytes(whole)
     (tmp_path / "run" / "metrics.jsonl").write_bytes(before["metrics.jsonl"][:50])
     refused(CheckpointError, "shorter than its checkpoint", output_dir=tmp_path / "run", resume=True)
+
+
+@pytest.mark.no_shapes
+def test_ids_are_checked_where_one_vocabulary_serves_both_languages():
+    class Config:
+        vocab_size = 5
+        source_vocab_size = target_vocab_size = property(lambda self: self.vocab_size)
+
+    for name in ("source", "target_in", "target_out", "input_ids"):
+        check_batch({name: torch.tensor([[4]])}, Config())
+        with pytest.raises(InputError, match=f"{name}: expected ids from 0 to 4; got 5"):
+            check_batch({name: torch.tensor([[5]])}, Config())
 
 
 @pytest.mark.no_shapes

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attn_notes.training.losses import token_cross_entropy
+from attn_notes.foundations.checks import ConfigError
+from attn_notes.training.losses import smoothing_of_others, token_cross_entropy
 
 
 @given(b=st.integers(1, 4), m=st.integers(1, 6), v=st.integers(2, 9), eps=st.sampled_from([0.0, 0.1, 0.5]), seed=st.integers(0, 99))
@@ -17,6 +18,24 @@ def test_equals_its_definition(b, m, v, eps, seed):
     each = -(q * logits.log_softmax(-1)).sum(-1)
     assert count == (target != 0).sum()
     assert torch.allclose(loss, each[target != 0].sum())
+
+
+@given(b=st.integers(1, 4), m=st.integers(1, 6), v=st.integers(2, 9), eps=st.sampled_from([0.0, 0.1, 0.5]), seed=st.integers(0, 99))
+def test_smoothing_over_the_others_equals_its_definition(b, m, v, eps, seed):
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(b, m, v, generator=random, dtype=torch.float64)
+    target = torch.randint(v, (b, m), generator=random)
+    loss, _ = token_cross_entropy(logits, target, label_smoothing=smoothing_of_others(eps, v))
+    q = torch.full_like(logits, eps / (v - 1)).scatter(-1, target[..., None], 1 - eps)
+    each = -(q * logits.log_softmax(-1)).sum(-1)
+    assert torch.allclose(loss, each[target != 0].sum())
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("eps, v", [(-0.1, 5), (0.9, 5), (0.1, 1), (float("nan"), 5)])
+def test_shares_that_can_not_be(eps, v):
+    with pytest.raises(ConfigError, match="label smoothing"):
+        smoothing_of_others(eps, v)
 
 
 def test_sums_and_counts_of_parts_add_up():

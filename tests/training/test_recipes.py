@@ -68,7 +68,7 @@ def test_schedules_refuse(make, options):
 BAD = [dict(optimizer="lion"), dict(learning_rate=0), dict(learning_rate=math.nan), dict(learning_rate="1e-3"), dict(betas=(0.9, 1.0)), dict(betas=0.9), dict(eps=-1),
        dict(momentum=1), dict(weight_decay=-0.1), dict(schedule="plateau"), dict(warmup_steps=-1), dict(warmup_steps=1.5), dict(max_steps=0), dict(batch_size=0), dict(batch_size=None),
        dict(max_tokens=0), dict(accumulate=0), dict(average_over="words"), dict(clip_norm=0), dict(clip_norm=math.nan), dict(label_smoothing=-0.1), dict(ema_decay=1), dict(precision="fp8"),
-       dict(seed=-1), dict(evaluate_every=0), dict(checkpoint_every=-5), dict(optimizer=["adam"])]
+       dict(average_last=0), dict(average_last=2.5), dict(average_every=0), dict(average_every=None), dict(seed=-1), dict(evaluate_every=0), dict(checkpoint_every=-5), dict(optimizer=["adam"])]
 
 
 @pytest.mark.no_shapes
@@ -87,6 +87,22 @@ def test_recipes_refuse(fields):
 def test_schedule_options_must_fit(fields, said):
     with pytest.raises(ConfigError, match=said):
         Recipe(**fields)
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 20))
+def test_the_steps_of_an_average(steps, last, every):
+    if (last - 1) * every >= steps:
+        with pytest.raises(ConfigError, match=f"steps back, expected fewer than max_steps={steps}"):
+            Recipe(max_steps=steps, average_last=last, average_every=every)
+    else:
+        recipe = Recipe(max_steps=steps, average_last=last, average_every=every)
+        assert [s for s in range(1, steps + 1) if recipe.averages(s)] == sorted(steps - i * every for i in range(last))
+    assert all(Recipe(max_steps=steps, ema_decay=0.0).averages(s) and not Recipe(max_steps=steps).averages(s) for s in range(1, steps + 1))
+
+
+def test_two_averages_exclude_each_other():
+    with pytest.raises(ConfigError, match="average_last and ema_decay are two averages"):
+        Recipe(average_last=1, ema_decay=0.0)
 
 
 def test_a_recipe_is_plain_data():

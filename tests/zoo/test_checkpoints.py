@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import attn_notes as an
 from attn_notes.zoo import checkpoints
-from attn_notes.zoo.checkpoints import atomic_folder, fit_state, read_state_dict, save_weights
+from attn_notes.zoo.checkpoints import Layout, atomic_folder, fit_state, read_state_dict, save_weights
 
 KINDS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
@@ -114,6 +114,21 @@ def test_another_layout_is_recognised_from_its_keys(toy, tmp_path):
     theirs["pooler.weight"] = torch.ones(2, 2)
     with pytest.warns(an.CheckpointWarning, match="skipped, not in this model: pooler.weight"):
         assert same(an.create_model("toy", pretrained=write(theirs, tmp_path / "more.npz")), model)
+
+
+def test_keys_that_a_layout_never_holds_are_left_as_they_were(toy, recwarn):
+    layout = Layout("bare", recognise=lambda keys: "head.bias" in keys, absent=("embedding.*", "output.*"))
+    model, given = an.create_model("toy"), {"head.weight": torch.ones(3, 6), "head.bias": torch.ones(3), "scale": torch.ones(1)}
+    before = model.embedding.weight.clone()
+    fit_state(model, given, (layout,))
+    assert [str(w.message) for w in recwarn] == ["checkpoint: not in this layout, left as they were: embedding.weight, output.weight"]
+    assert torch.equal(model.embedding.weight, before) and (model.head.weight == 1).all() and model.scale == 1
+    with pytest.raises(an.CheckpointError, match="1 missing: scale"):
+        fit_state(model, {key: value for key, value in given.items() if key != "scale"}, (layout,))
+    fit_state(model, {**given, "embedding.weight": torch.zeros(11, 6)}, (layout,))                # held after all
+    assert not model.output.weight.any() and len(recwarn) == 1
+    with pytest.raises(an.CheckpointError, match="missing: embedding.weight"):
+        fit_state(model, given)
 
 
 def test_the_meta_device_compares_without_loading(saved):
