@@ -145,8 +145,10 @@ def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
             cache: KeyValueCache | None = None) -> Float[Tensor, "r n d"]:
     """Attention from `x` to itself, or to `memory` when given: (b n d). `mask` is True where allowed: (b m), (b n m) or (b h n m);
     `is_causal` hides the keys after the query. `memory` is (b m d), or its keys and values as `project(memory, 1, 3)` gives them,
-    see `look_up`. With a `cache`, x are the words after those in it, and are added."""
+    see `look_up`. With a `cache`, x are the words after those in it, and are added. `InputError` for either beside a memory."""
     check_features(x, self.hidden_size, "x")
+    if memory is not None and (is_causal or cache is not None):
+        raise InputError("is_causal and cache: expected for self-attention, without a memory; got one with a memory")
     if memory is None:
         q, k, v = self.project(x).unbind(0)
         k, v = (k, v) if cache is None else cache.append(k, v)
@@ -157,7 +159,7 @@ def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
         check_features(memory, self.hidden_size, "memory")
         if len(memory) != len(x):
             raise InputError(f"memory: expected as many rows as x has, {len(x)}; got {len(memory)}")
-        output = self.attend(self.project(x, 0, 1)[0], *self.project(memory, 1, 3), mask, is_causal)
+        output = self.attend(self.project(x, 0, 1)[0], *self.project(memory, 1, 3), mask)
     return self.out_proj(output.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/foundations/01_attention.ipynb #4f2299d3

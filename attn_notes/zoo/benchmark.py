@@ -102,7 +102,7 @@ def peak_memory(work: Work) -> int:
     return peak
 
 # %% ../../nbs/zoo/04_benchmark.ipynb #6bfdffee
-BENCHMARK_MODULES = ["attn_notes.zoo.benchmark", "attn_notes.sequence.cells"]      # where pairs are registered
+BENCHMARK_MODULES = ["attn_notes.zoo.benchmark", "attn_notes.sequence.cells", "attn_notes.sequence.transformer_speed"]      # where pairs are registered
 Pair = Callable[[], tuple[Work, Work, int]]
 _PAIRS: dict[str, Pair] = {}
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from attn_notes.foundations import plots
 from attn_notes.foundations.checks import InputError
-from attn_notes.foundations.plots import Diagram, curves, show_attention, show_pair, style, to_svg
+from attn_notes.foundations.plots import Diagram, curves, show_attention, show_links, show_pair, style, to_svg
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +105,14 @@ def test_diagram_shows_itself():
 def test_bad_input(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_links_draw_every_weight_that_shows():
+    weights = np.array([[[0.9, 0.1, 0.0], [0.05, 0.0, 0.95]], [[0.0, 1.0, 0.0], [0.3, 0.3, 0.4]]])
+    drawn = show_links(weights, ["a", "b"], ["x", "y", "z"]).axes[0]
+    assert len(drawn.lines) == (weights >= 0.1).sum() and [t.get_text() for t in drawn.texts] == ["x", "y", "z", "a", "b"]
+    assert sorted(line.get_alpha() for line in drawn.lines) == sorted(weights[weights >= 0.1])
+    with pytest.raises(InputError, match="rows: expected 2 labels"):
+        show_links(weights, ["a"], ["x", "y", "z"])
+    with pytest.raises(InputError, match="at most three axes"):
+        show_links(weights[None], ["a", "b"], ["x", "y", "z"])
