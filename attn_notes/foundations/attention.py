@@ -148,7 +148,7 @@ def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
     see `look_up`. With a `cache`, x are the words after those in it, and are added. `InputError` for either beside a memory."""
     check_features(x, self.hidden_size, "x")
     if memory is not None and (is_causal or cache is not None):
-        raise InputError("is_causal and cache: expected for self-attention, without a memory; got one with a memory")
+        raise InputError("memory: expected without is_causal and cache, which are for self-attention; got it with one of them")
     if memory is None:
         q, k, v = self.project(x).unbind(0)
         k, v = (k, v) if cache is None else cache.append(k, v)

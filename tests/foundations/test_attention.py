@@ -301,7 +301,7 @@ def test_bad_configuration(arguments, words):
     (torch.empty(0, 3, 8), {}, "^x: expected at least one row"), (torch.randn(2, 3, 8), {"memory": torch.randn(2, 5, 6)}, "^memory: "),
     (torch.randn(2, 3, 8), {"mask": torch.ones(2, 3)}, "^mask: expected a boolean"), (torch.randn(2, 3, 8), {"mask": torch.ones(3, dtype=torch.bool)}, "^mask: "),
     (torch.randn(2, 3, 8), {"mask": torch.ones(2, 4, dtype=torch.bool)}, "^mask: "), (torch.randn(2, 3, 8), {"mask": torch.ones(5, 3, 3, dtype=torch.bool)}, "^mask: "),
-    (torch.randn(2, 3, 8), {"memory": torch.randn(2, 2, 8), "is_causal": True}, "^is_causal: "), (torch.randn(2, 3, 8), {"memory": torch.randn(3, 5, 8)}, "^memory: ")])
+    (torch.randn(2, 3, 8), {"memory": torch.randn(2, 2, 8), "is_causal": True}, "^memory: expected without is_causal"), (torch.randn(2, 3, 8), {"memory": torch.randn(3, 5, 8)}, "^memory: ")])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_bad_input(x, options, words, recorded):
     module = MultiHeadAttention(8, 2)
