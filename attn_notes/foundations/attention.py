@@ -19,43 +19,53 @@ from .checks import InputError, check_divides, check_features, check_positive, c
 from .masks import causal_mask, expand_mask
 
 # %% ../../nbs/foundations/01_attention.ipynb #4bfe2717
-def attention_weights(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], mask: Bool[Tensor, "..."] | None = None,
+def attention_weights(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
+                      mask: Bool[Tensor, "..."] | None = None,
                       scale: float | None = None) -> Float[Tensor, "b h n m"]:
-    """The weights A of softmax attention, eq. (eq-attention-mask): softmax over the keys of q k^T * scale (default 1 / sqrt(d)).
-    `mask` is True where attention is allowed: (b m), (b n m) or (b h n m). A row that hides everything is all zeros."""
+    """The weights A of softmax attention, eq. (eq-attention-mask): softmax over the
+    keys of q k^T * scale (default 1 / sqrt(d)). `mask` is True where attention is
+    allowed: (b m), (b n m) or (b h n m). A row that hides everything is all zeros."""
     scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is None:
         return scores.softmax(-1)
     hidden = ~expand_mask(mask)
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(hidden, 0)
+    return (scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+            .masked_fill(hidden, 0))
 
 # %% ../../nbs/foundations/01_attention.ipynb #9a1f1b9b
-def attention_naive(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m c"],
+def attention_naive(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
+                    v: Float[Tensor, "b h m c"],
                     mask: Bool[Tensor, "..."] | None = None, scale: float | None = None,
                     ) -> tuple[Float[Tensor, "b h n c"], Float[Tensor, "b h n m"]]:
-    "Softmax attention as it is written, eq. (eq-attention): the outputs (b h n c) and the weights (b h n m)."
+    """Softmax attention as it is written, eq. (eq-attention): the outputs (b h n c) and
+    the weights (b h n m)."""
     weights = attention_weights(q, k, mask, scale)
     return weights @ v, weights
 
 # %% ../../nbs/foundations/01_attention.ipynb #a618dd9c
-def _allowed(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    "The mask that broadcasts to (b h n m), the causal one included; None when nothing is hidden."
+def _allowed(q: Tensor, k: Tensor, mask: Tensor | None,
+             is_causal: bool) -> Tensor | None:
+    """The mask that broadcasts to (b h n m), the causal one included; None when nothing
+    is hidden."""
     n, m = q.shape[-2], k.shape[-2]
     if is_causal and n > m:
-        raise InputError(f"is_causal: expected at least as many keys as queries; got {m} keys and {n} queries")
+        raise InputError("is_causal: expected at least as many keys as queries; "
+                         f"got {m} keys and {n} queries")
     if mask is not None:
         mask, shape = expand_mask(mask), (*q.shape[:3], k.shape[-2])
         if any(have not in (1, want) for have, want in zip(mask.shape, shape)):
-            raise InputError(f"mask: expected one that fits scores (b, h, n, m) of shape {shape}; got {tuple(mask.shape)}")
-    if not is_causal or n == 1:                                                  # one query is the last place, and may see all
+            raise InputError("mask: expected one that fits scores (b, h, n, m) of "
+                             f"shape {shape}; got {tuple(mask.shape)}")
+    if not is_causal or n == 1:          # one query is the last place, and may see all
         return mask
     seen = expand_mask(causal_mask(n, q.device, past=m - n), pairs=True)
     return seen if mask is None else mask & seen
 
 # %% ../../nbs/foundations/01_attention.ipynb #601e4288
 class Attend(nn.Module):
-    """Weights times values: the base of all attention of the book, and what `record_attention` looks into. A subclass defines `weights`;
-    dropout acts on the weights, in training only."""
+    """Weights times values: the base of all attention of the book, and what
+    `record_attention` looks into. A subclass defines `weights`; dropout acts on the
+    weights, in training only."""
 
     record: Callable[[Tensor], None] | None = None
 
@@ -64,13 +74,18 @@ class Attend(nn.Module):
         check_probability(dropout=dropout)
         self.dropout = dropout
 
-    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Float[Tensor, "b h n m"]:
-        "The weight of every key for every query, zero where `mask`, which broadcasts to (b h n m), hides it."
-        raise NotImplementedError(f"{type(self).__name__} does not say how its weights come about")
+    def weights(self, q: Tensor, k: Tensor,
+                mask: Tensor | None = None) -> Float[Tensor, "b h n m"]:
+        """The weight of every key for every query, zero where `mask`, which broadcasts
+        to (b h n m), hides it."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how its weights come about")
 
-    def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m e"], v: Float[Tensor, "b h m c"],
-                mask: Bool[Tensor, "..."] | None = None, is_causal: bool = False) -> Float[Tensor, "b h n c"]:
-        "Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the keys after the query; the queries are the last places."
+    def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m e"],
+                v: Float[Tensor, "b h m c"], mask: Bool[Tensor, "..."] | None = None,
+                is_causal: bool = False) -> Float[Tensor, "b h n c"]:
+        """Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the
+        keys after the query; the queries are the last places."""
         weights = self.weights(q, k, _allowed(q, k, mask, is_causal))
         if self.record is not None:
             self.record(weights.detach())
@@ -78,26 +93,33 @@ class Attend(nn.Module):
 
 # %% ../../nbs/foundations/01_attention.ipynb #e953ae13
 class DotProductAttend(Attend):
-    "Softmax attention of scaled dot products, through torch's fused kernel; the readable form, equal to it, while recorded."
+    """Softmax attention of scaled dot products, through torch's fused kernel; the
+    readable form, equal to it, while recorded."""
 
-    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Float[Tensor, "b h n m"]:
+    def weights(self, q: Tensor, k: Tensor,
+                mask: Tensor | None = None) -> Float[Tensor, "b h n m"]:
         return attention_weights(q, k, mask)
 
-    def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m c"],
-                mask: Bool[Tensor, "..."] | None = None, is_causal: bool = False) -> Float[Tensor, "b h n c"]:
-        "Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the keys after the query; the queries are the last places."
+    def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
+                v: Float[Tensor, "b h m c"], mask: Bool[Tensor, "..."] | None = None,
+                is_causal: bool = False) -> Float[Tensor, "b h n c"]:
+        """Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the
+        keys after the query; the queries are the last places."""
         if self.record is not None:
             return super().forward(q, k, v, mask, is_causal)
         only_causal = is_causal and mask is None and q.shape[-2] == k.shape[-2]
-        return F.scaled_dot_product_attention(q, k, v, None if only_causal else _allowed(q, k, mask, is_causal),
-                                              dropout_p=self.dropout if self.training else 0.0, is_causal=only_causal)
+        return F.scaled_dot_product_attention(
+            q, k, v, None if only_causal else _allowed(q, k, mask, is_causal),
+            dropout_p=self.dropout if self.training else 0.0, is_causal=only_causal)
 
 # %% ../../nbs/foundations/01_attention.ipynb #504754ea
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention, eq. (eq-multi-head); loads the state dict of torch.nn.MultiheadAttention(hidden_size, num_attention_heads).
-    `ConfigError` unless the heads divide the width."""
+    """Multi-head attention, eq. (eq-multi-head); loads the state dict of
+    torch.nn.MultiheadAttention(hidden_size, num_attention_heads). `ConfigError` unless
+    the heads divide the width."""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+    def __init__(self, hidden_size: int, num_attention_heads: int, dropout: float = 0.0,
+                 bias: bool = True) -> None:
         super().__init__()
         check_divides(num_attention_heads, hidden_size)
         self.hidden_size, self.num_attention_heads = hidden_size, num_attention_heads
@@ -114,8 +136,10 @@ class MultiHeadAttention(nn.Module):
 
 # %% ../../nbs/foundations/01_attention.ipynb #49f2e27f
 @patch
-def project(self: MultiHeadAttention, x: Float[Tensor, "b n d"], start: int = 0, stop: int = 3) -> Float[Tensor, "s b h n c"]:
-    "Projections start ... stop of (queries, keys, values) of `x`, cut into heads: (stop - start, b, h, n, d / h), views of one product."
+def project(self: MultiHeadAttention, x: Float[Tensor, "b n d"], start: int = 0,
+            stop: int = 3) -> Float[Tensor, "s b h n c"]:
+    """Projections start ... stop of (queries, keys, values) of `x`, cut into heads:
+    (stop - start, b, h, n, d / h), views of one product."""
     d, h = self.hidden_size, self.num_attention_heads
     rows = slice(start * d, stop * d)
     bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
@@ -124,18 +148,22 @@ def project(self: MultiHeadAttention, x: Float[Tensor, "b n d"], start: int = 0,
 
 # %% ../../nbs/foundations/01_attention.ipynb #a5af85fc
 @patch
-def look_up(self: MultiHeadAttention, q: Float[Tensor, "r h n c"], memory: Float[Tensor, "2 b h m c"],
+def look_up(self: MultiHeadAttention, q: Float[Tensor, "r h n c"],
+            memory: Float[Tensor, "2 b h m c"],
             mask: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "r h n c"]:
-    """What the queries of r = k b rows find in b rows of projected keys and values; k consecutive rows of q share one of them.
-    `mask` (b m) or (b h n m) as in `attention_weights`."""
+    """What the queries of r = B b rows find in b rows of projected keys and values; B
+    consecutive rows of q share one of them. `mask` (b m) or (b h n m) as in
+    `attention_weights`."""
     k, v = memory.unbind(0)
     r, h, n, c = q.shape
     if len(k) == 0 or r % len(k):
-        raise InputError(f"memory: expected a number of rows that divides {r}, the rows of x; got {len(k)}")
+        raise InputError(f"memory: expected a number of rows that divides {r}, "
+                         f"the rows of x; got {len(k)}")
     if r == len(k):
         return self.attend(q, k, v, mask)
-    folded = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)         # b h kn c
-    return self.attend(folded, k, v, mask).unflatten(2, (-1, n)).transpose(1, 2).flatten(0, 1)
+    folded = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)     # b h Bn c
+    return (self.attend(folded, k, v, mask).unflatten(2, (-1, n)).transpose(1, 2)
+            .flatten(0, 1))
 
 # %% ../../nbs/foundations/01_attention.ipynb #1539d2b0
 @patch
@@ -143,12 +171,15 @@ def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
             memory: Float[Tensor, "b m d"] | Float[Tensor, "2 b h m c"] | None = None,
             mask: Bool[Tensor, "..."] | None = None, is_causal: bool = False,
             cache: KeyValueCache | None = None) -> Float[Tensor, "r n d"]:
-    """Attention from `x` to itself, or to `memory` when given: (b n d). `mask` is True where allowed: (b m), (b n m) or (b h n m);
-    `is_causal` hides the keys after the query. `memory` is (b m d), or its keys and values as `project(memory, 1, 3)` gives them,
-    see `look_up`. With a `cache`, x are the words after those in it, and are added. `InputError` for either beside a memory."""
+    """Attention from `x` to itself, or to `memory` when given: (b n d). `mask` is True
+    where allowed: (b m), (b n m) or (b h n m); `is_causal` hides the keys after the
+    query. `memory` is (b m d), or its keys and values as `project(memory, 1, 3)` gives
+    them, see `look_up`. With a `cache`, x are the words after those in it, and are
+    added. `InputError` for either beside a memory."""
     check_features(x, self.hidden_size, "x")
     if memory is not None and (is_causal or cache is not None):
-        raise InputError("memory: expected without is_causal and cache, which are for self-attention; got it with one of them")
+        raise InputError("memory: expected without is_causal and cache, which are for "
+                         "self-attention; got it with one of them")
     if memory is None:
         q, k, v = self.project(x).unbind(0)
         k, v = (k, v) if cache is None else cache.append(k, v)
@@ -158,24 +189,31 @@ def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
     else:
         check_features(memory, self.hidden_size, "memory")
         if len(memory) != len(x):
-            raise InputError(f"memory: expected as many rows as x has, {len(x)}; got {len(memory)}")
-        output = self.attend(self.project(x, 0, 1)[0], *self.project(memory, 1, 3), mask)
+            raise InputError("memory: expected as many rows as x has, "
+                             f"{len(x)}; got {len(memory)}")
+        output = self.attend(self.project(x, 0, 1)[0], *self.project(memory, 1, 3),
+                             mask)
     return self.out_proj(output.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/foundations/01_attention.ipynb #4f2299d3
 def _append(old: Tensor | None, new: Tensor) -> Tensor:
-    "The rows (queries) of `new` (b h n m) below those of `old`; the narrower of the two is filled up with zero keys."
+    """The rows (queries) of `new` (b h n m) below those of `old`; the narrower of the
+    two is filled up with zero keys."""
     if old is None:
         return new
     if old.shape[:2] != new.shape[:2]:
-        raise InputError(f"record_attention: the batch or the heads changed between two steps of one call, from {tuple(old.shape[:2])} to {tuple(new.shape[:2])}")
+        raise InputError("record_attention: the batch or the heads changed between two "
+                         f"steps of one call, from {tuple(old.shape[:2])} "
+                         f"to {tuple(new.shape[:2])}")
     keys = max(old.shape[-1], new.shape[-1])
-    return torch.cat([F.pad(part, (0, keys - part.shape[-1])) for part in (old, new)], dim=-2)
+    return torch.cat([F.pad(part, (0, keys - part.shape[-1])) for part in (old, new)],
+                     dim=-2)
 
 # %% ../../nbs/foundations/01_attention.ipynb #2358a4b4
 @contextmanager
 def _outermost(model: nn.Module, start: Callable[[], None]) -> Iterator[None]:
-    "Call `start` at the beginning of every call of `model` or of `model.generate`, but not of those inside another."
+    """Call `start` at the beginning of every call of `model` or of `model.generate`,
+    but not of those inside another."""
     inside = []
 
     def counted(function: Callable) -> Callable:
@@ -203,12 +241,16 @@ def _outermost(model: nn.Module, start: Callable[[], None]) -> Iterator[None]:
 # %% ../../nbs/foundations/01_attention.ipynb #c6eba94f
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, Float[Tensor, "b h n m"]]]:
-    """Record the attention weights of `model`: a dict from the path of every `Attend` inside it to its weights (b h n m), detached, without dropout.
+    """Record the attention weights of `model`: a dict from the path of every `Attend`
+    inside it to its weights (b h n m), detached, without dropout.
 
-    Each call of the model or of its `generate` starts afresh; within one, repeated calls of a module (one for each step of a decoder)
-    are joined along the queries. In a beam search, row i is what the slot i of the beam looked at, not the history of one sentence."""
+    Each call of the model or of its `generate` starts afresh; within one, repeated
+    calls of a module (one for each step of a decoder) are joined along the queries. In
+    a beam search, row i is what the slot i of the beam looked at, not the history of
+    one sentence."""
     maps: dict[str, Tensor] = {}
-    attends = {name: module for name, module in model.named_modules() if isinstance(module, Attend)}
+    attends = {name: module for name, module in model.named_modules()
+               if isinstance(module, Attend)}
     before = {name: module.record for name, module in attends.items()}
 
     def keep(name: str, weights: Tensor) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from .checks import InputError
 
 # %% ../../nbs/foundations/07_cache.ipynb #88c1f1f7
-def _room(old: Float[Tensor, "b h t c"] | None, like: Float[Tensor, "b h n c"], length: int, capacity: int) -> Tensor:
+def _room(old: Float[Tensor, "b h t c"] | None, like: Float[Tensor, "b h n c"],
+          length: int, capacity: int) -> Tensor:
     "An empty (b h capacity c), with the first `length` places of `old` in it."
     b, h, _, c = like.shape
     new = like.new_empty(b, h, capacity, c)
@@ -25,22 +26,28 @@ def _room(old: Float[Tensor, "b h t c"] | None, like: Float[Tensor, "b h n c"], 
 
 @dataclass
 class KeyValueCache:
-    """Keys and values (b h t c) of the `length` words that a decoder has read, eq. (eq-cache), in room for more.
-    It is written in place: to continue a sentence in two ways, `reorder` it first. For writing, not for training."""
+    """Keys and values (b h t c) of the `length` words that a decoder has read,
+    eq. (eq-cache), in room for more. It is written in place: a call that adds words or
+    reorders rows uses the old state up. For writing, not for training."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
     length: int = 0
 
-    def append(self, k: Float[Tensor, "b h n c"], v: Float[Tensor, "b h n c"]) -> tuple[Tensor, Tensor]:
-        "Add n words; the keys and values (b h length c) of all words so far, as views. `InputError` for another batch or head size."
+    def append(self, k: Float[Tensor, "b h n c"],
+               v: Float[Tensor, "b h n c"]) -> tuple[Tensor, Tensor]:
+        """Add n words; the keys and values (b h length c) of all words so far, as
+        views. `InputError` for another batch or head size."""
         end = self.length + k.shape[2]
-        if self.keys is not None and (self.keys.shape[:2], self.keys.shape[3]) != (k.shape[:2], k.shape[3]):
+        if (self.keys is not None and
+                (self.keys.shape[:2], self.keys.shape[3]) != (k.shape[:2], k.shape[3])):
             shape, found = tuple(self.keys[:, :, : self.length].shape), tuple(k.shape)
-            raise InputError(f"cache: expected keys (b h n c) that go on from {shape}; got {found}")
+            raise InputError(f"cache: expected keys (b h n c) that go on from {shape}; "
+                             f"got {found}")
         if self.keys is None or end > self.keys.shape[2]:
-            capacity = end + max(16, end // 4)
-            self.keys, self.values = (_room(old, k, self.length, capacity) for old in (self.keys, self.values))
+            capacity = end + max(8, end // 4)
+            self.keys, self.values = (_room(old, k, self.length, capacity)
+                                      for old in (self.keys, self.values))
         self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
@@ -48,13 +55,14 @@ class KeyValueCache:
 # %% ../../nbs/foundations/07_cache.ipynb #5e4444cb
 @patch
 def reorder(self: KeyValueCache, index: Int[Tensor, "r"]) -> KeyValueCache:
-    "A cache of its own with the rows `index` of this one."
+    """This cache with its rows in the order `index`, in place; in room of its own for
+    another number of rows."""
     if self.keys is None:
-        return KeyValueCache()
-    b, h, capacity, c = self.keys.shape
-    rooms = []
-    for old in (self.keys, self.values):
-        new = old.new_empty(len(index), h, capacity, c)
-        new[:, :, : self.length] = old[:, :, : self.length].index_select(0, index)
-        rooms.append(new)
-    return KeyValueCache(*rooms, self.length)
+        return self
+    for name, room in (("keys", self.keys), ("values", self.values)):
+        written = room[:, :, : self.length].index_select(0, index)
+        if len(index) != len(room):
+            room = room.new_empty(len(index), *room.shape[1:])
+        room[:, :, : self.length] = written
+        setattr(self, name, room)
+    return self

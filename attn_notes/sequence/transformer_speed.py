@@ -100,9 +100,9 @@ def marian_twins(vocab_size: int = 8000, layers: int = 2, d: int = 512, heads: i
 
 # %% ../../nbs/sequence/04_transformer_speed.ipynb #26b4746d
 @benchmark_pair("Transformer writing, greedy vs transformers' Marian")
-def greedy_pair(num_beams: int = 1, b: int = 8, n: int = 24, m: int = 40) -> tuple[Work, Work, int]:
+def greedy_pair(num_beams: int = 1, b: int = 8, n: int = 24, m: int = 40, layers: int = 6) -> tuple[Work, Work, int]:
     "Both write m words for b sources of n words; with these weights, no translation ends by itself."
-    reference, ours = marian_twins()
+    reference, ours = marian_twins(layers=layers)
     source = torch.randint(3, ours.config.vocab_size, (b, n))
 
     def run_reference() -> Tensor:

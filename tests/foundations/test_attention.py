@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attn_notes.foundations.attention import Attend, DotProductAttend, MultiHeadAttention, attention_naive, attention_weights, record_attention
+from attn_notes.foundations.cache import KeyValueCache
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.foundations.masks import causal_mask, expand_mask, lengths_mask
 
@@ -324,3 +325,104 @@ def test_record_of_changing_batches_is_refused():
         with record_attention(model):
             model.attention(torch.randn(1, 2, 8))
             model.attention(torch.randn(2, 2, 8))
+
+
+# what a decoder that writes word by word needs: projected memory, shared by several rows, and a past
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_rows_that_share_a_projected_memory(b, k, n, m, padded, recorded, seed):
+    "k consecutive rows look into one row of the memory, as if it stood there k times; gradients too."
+    torch.manual_seed(seed)
+    module = shaken(MultiHeadAttention(6, 3).double())
+    x, memory = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((k * b, n, 6), (b, m, 6)))
+    mask = lengths_mask(torch.randint(1, m + 1, (b,)), m) if padded else None
+    expected = module(x, memory.repeat_interleave(k, 0), None if mask is None else mask.repeat_interleave(k, 0))
+    module.attend.record = (lambda weights: None) if recorded else None
+    got = module(x, module.project(memory, 1, 3), mask)
+    assert close(got, expected)
+    for a, e in zip(gradients(got, [x, memory, *module.parameters()]), gradients(expected, [x, memory, *module.parameters()])):
+        assert (a - e).abs().max() < 1e-10
+
+
+def test_look_up_row_by_row():
+    module, q = MultiHeadAttention(6, 3), torch.randn(4, 3, 2, 2)
+    memory, mask = torch.randn(2, 2, 3, 5, 2), lengths_mask(torch.tensor([5, 2]), 5)
+    found = module.look_up(q, memory, mask)
+    for row in range(4):
+        one = row // 2
+        k, v = memory[:, one : one + 1]
+        assert torch.allclose(found[row], attention_naive(q[row : row + 1], k, v, mask[one : one + 1])[0][0], atol=1e-6)
+
+
+def test_projected_memory_is_read_and_not_copied():
+    module = MultiHeadAttention(6, 3)
+    memory, seen = module.project(torch.randn(2, 5, 6), 1, 3), []
+    attend = module.attend.forward
+    module.attend.forward = lambda q, k, v, *rest: seen.extend([k, v]) or attend(q, k, v, *rest)
+    module(torch.randn(2, 1, 6), memory)
+    module(torch.randn(8, 1, 6), memory)
+    assert [x.data_ptr() for x in seen] == 2 * [x.data_ptr() for x in memory] and all(x.shape == (2, 3, 5, 2) for x in seen)
+
+
+@given(st.integers(1, 5), st.integers(0, 5), st.booleans(), st.integers(0, 99))
+def test_causal_with_a_past_is_the_end_of_the_whole(n, past, padded, seed):
+    "The queries are the last n of past + n places, in the fast and in the readable form."
+    q, k, v = (x.detach() for x in qkv(n=past + n, m=past + n, seed=seed))
+    mask = lengths_mask(torch.randint(1, past + n + 1, (2,), generator=torch.Generator().manual_seed(seed)), past + n) if padded else None
+    attend = DotProductAttend()
+    whole = attend(q, k, v, mask, is_causal=True)[:, :, past:]
+    for form in (attend, lambda *a, **b: Attend.forward(attend, *a, **b)):
+        assert close(form(q[:, :, past:], k, v, mask, is_causal=True), whole)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.booleans(), st.integers(0, 99))
+def test_pieces_through_a_cache_equal_the_whole(pieces, padded, seed):
+    torch.manual_seed(seed)
+    module, x = shaken(MultiHeadAttention(6, 3).double()).requires_grad_(False), torch.randn(2, sum(pieces), 6, dtype=torch.float64)
+    mask = lengths_mask(torch.randint(1, sum(pieces) + 1, (2,)), sum(pieces)) if padded else None
+    whole, cache, parts = module(x, mask=mask, is_causal=True), KeyValueCache(), []
+    for part in x.split(pieces, 1):
+        end = cache.length + part.shape[1]
+        parts.append(module(part, mask=None if mask is None else mask[:, :end], is_causal=True, cache=cache))
+    assert close(torch.cat(parts, 1), whole) and cache.length == sum(pieces)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("rows", [3, 5, 0])
+def test_rows_that_can_not_share_a_memory(rows):
+    module = MultiHeadAttention(6, 3)
+    with pytest.raises(InputError, match=f"^memory: expected a number of rows that divides 4, the rows of x; got {rows}$"):
+        module(torch.randn(4, 2, 6), torch.randn(2, rows, 3, 5, 2))
+
+
+@pytest.mark.no_shapes
+def test_masks_and_caches_of_another_size():
+    module, cache = MultiHeadAttention(6, 3), KeyValueCache()
+    with torch.no_grad():
+        module(torch.randn(4, 2, 6), is_causal=True, cache=cache)
+        with pytest.raises(InputError, match="^cache: expected keys"):
+            module(torch.randn(2, 1, 6), is_causal=True, cache=cache)
+        with pytest.raises(InputError, match=r"^mask: .*\(4, 3, 1, 3\); got \(4, 1, 1, 2\)$"):                    # the mask of the words before
+            module(torch.randn(4, 1, 6), mask=torch.ones(4, 2, dtype=torch.bool), is_causal=True, cache=cache)
+    with pytest.raises(InputError, match=r"^mask: .*; got \(2, 1, 1, 4\)$"):
+        module(torch.randn(4, 1, 6), torch.randn(2, 2, 3, 5, 2), torch.ones(2, 4, dtype=torch.bool))
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"cache": KeyValueCache()}])
+@pytest.mark.parametrize("memory", [torch.randn(2, 5, 6), torch.randn(2, 2, 3, 5, 2)], ids=["memory", "projected"])
+def test_a_memory_has_no_order_and_no_past(memory, options):
+    with pytest.raises(InputError, match="^memory: expected without is_causal and cache"):
+        MultiHeadAttention(6, 3)(torch.randn(2, 5, 6), memory, **options)
+    assert options.get("cache", KeyValueCache()).length == 0
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("form", [DotProductAttend.forward, Attend.forward], ids=["fast", "readable"])
+def test_more_queries_than_places(form):
+    with pytest.raises(InputError, match="^is_causal: expected at least as many keys as queries; got 3 keys and 4 queries$"):
+        form(DotProductAttend(), *qkv(n=4, m=3), is_causal=True)

@@ -48,24 +48,32 @@ def test_what_comes_back_is_a_view_and_is_seldom_moved():
 
 
 @given(PIECES, st.lists(st.integers(0, 2), min_size=1, max_size=7), st.integers(0, 99))
-def test_reorder_picks_rows_of_its_own(pieces, rows, seed):
-    "What is written to the one afterwards is not seen in the other, whichever goes on first."
+def test_reorder_picks_rows(pieces, rows, seed):
+    "Any rows, in any order, more or fewer than there were; and it goes on from them."
     n, index = sum(pieces), torch.tensor(rows)
     k, v = words(n + 2, 3, seed=seed)
-    old = KeyValueCache()
-    old.append(k[:, :, :n], v[:, :, :n])
-    new = reorder_state({"past": (old,)}, index)["past"][0]
-    assert isinstance(new, KeyValueCache) and new.length == old.length == n
-    other = new.append(*(torch.full_like(x[index, :, n:], 7.0) for x in (k, v)))
-    mine = old.append(k[:, :, n:], v[:, :, n:])
-    for got, kept, x in zip(other, mine, (k, v)):
-        assert torch.equal(got[:, :, :n], x[index, :, :n]) and (got[:, :, n:] == 7).all() and torch.equal(kept, x)
+    cache = KeyValueCache()
+    cache.append(k[:, :, :n], v[:, :, :n])
+    cache = reorder_state({"past": (cache,)}, index)["past"][0]
+    assert isinstance(cache, KeyValueCache) and cache.length == n
+    got = cache.append(*(torch.full_like(x[index, :, n:], 7.0) for x in (k, v)))
+    for found, x in zip(got, (k, v)):
+        assert torch.equal(found[:, :, :n], x[index, :, :n]) and (found[:, :, n:] == 7).all()
+
+
+@pytest.mark.parametrize("index", [[2, 0, 1], [1, 1, 0], [0, 1, 2]])
+def test_as_many_rows_stay_in_their_room(index):
+    cache, (k, v) = KeyValueCache(), words(5, b=3)
+    cache.append(k, v)
+    before = cache.keys.data_ptr(), cache.values.data_ptr()
+    cache = cache.reorder(torch.tensor(index))
+    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before
+    assert torch.equal(cache.keys[:, :, :5], k[index]) and torch.equal(cache.values[:, :, :5], v[index])
 
 
 def test_reorder_of_an_empty_cache_is_empty():
-    cache = KeyValueCache()
-    new = cache.reorder(torch.tensor([0, 0, 1]))
-    assert new is not cache and new.length == 0 and new.append(*words(2, b=3))[0].shape == (3, 3, 2, 4)
+    cache = KeyValueCache().reorder(torch.tensor([0, 0, 1]))
+    assert cache.length == 0 and cache.append(*words(2, b=3))[0].shape == (3, 3, 2, 4)
 
 
 @pytest.mark.no_shapes
