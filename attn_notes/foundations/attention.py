@@ -25,7 +25,8 @@ def attention_weights(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
     """The weights A of softmax attention, eq. (eq-attention-mask): softmax over the
     keys of q k^T * scale (default 1 / sqrt(d)). `mask` is True where attention is
     allowed: (b m), (b n m) or (b h n m). A row that hides everything is all zeros."""
-    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (q @ k.transpose(-2, -1)
+              * (q.shape[-1] ** -0.5 if scale is None else scale))
     if mask is None:
         return scores.softmax(-1)
     hidden = ~expand_mask(mask)
@@ -35,25 +36,27 @@ def attention_weights(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
 # %% ../../nbs/foundations/01_attention.ipynb #9a1f1b9b
 def attention_naive(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
                     v: Float[Tensor, "b h m c"],
-                    mask: Bool[Tensor, "..."] | None = None, scale: float | None = None,
+                    mask: Bool[Tensor, "..."] | None = None,
+                    scale: float | None = None,
                     ) -> tuple[Float[Tensor, "b h n c"], Float[Tensor, "b h n m"]]:
-    """Softmax attention as it is written, eq. (eq-attention): the outputs (b h n c) and
-    the weights (b h n m)."""
+    """Softmax attention as it is written, eq. (eq-attention): the outputs (b h n c)
+    and the weights (b h n m)."""
     weights = attention_weights(q, k, mask, scale)
     return weights @ v, weights
 
 # %% ../../nbs/foundations/01_attention.ipynb #a618dd9c
 def _allowed(q: Tensor, k: Tensor, mask: Tensor | None,
              is_causal: bool) -> Tensor | None:
-    """The mask that broadcasts to (b h n m), the causal one included; None when nothing
-    is hidden."""
+    """The mask that broadcasts to (b h n m), the causal one included; None when
+    nothing is hidden."""
     n, m = q.shape[-2], k.shape[-2]
     if is_causal and n > m:
         raise InputError("is_causal: expected at least as many keys as queries; "
                          f"got {m} keys and {n} queries")
     if mask is not None:
-        mask, shape = expand_mask(mask), (*q.shape[:3], k.shape[-2])
-        if any(have not in (1, want) for have, want in zip(mask.shape, shape)):
+        mask, shape = expand_mask(mask), (*q.shape[:3], m)
+        fits = all(have in (1, want) for have, want in zip(mask.shape, shape))
+        if not fits or mask.shape[-1] != m:
             raise InputError("mask: expected one that fits scores (b, h, n, m) of "
                              f"shape {shape}; got {tuple(mask.shape)}")
     if not is_causal or n == 1:          # one query is the last place, and may see all
@@ -107,7 +110,7 @@ class DotProductAttend(Attend):
         keys after the query; the queries are the last places."""
         if self.record is not None:
             return super().forward(q, k, v, mask, is_causal)
-        only_causal = is_causal and mask is None and q.shape[-2] == k.shape[-2]
+        only_causal = bool(is_causal and mask is None and q.shape[-2] == k.shape[-2])
         return F.scaled_dot_product_attention(
             q, k, v, None if only_causal else _allowed(q, k, mask, is_causal),
             dropout_p=self.dropout if self.training else 0.0, is_causal=only_causal)
@@ -118,13 +121,14 @@ class MultiHeadAttention(nn.Module):
     torch.nn.MultiheadAttention(hidden_size, num_attention_heads). `ConfigError` unless
     the heads divide the width."""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int, dropout: float = 0.0,
-                 bias: bool = True) -> None:
+    def __init__(self, hidden_size: int, num_attention_heads: int,
+                 dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
         check_divides(num_attention_heads, hidden_size)
         self.hidden_size, self.num_attention_heads = hidden_size, num_attention_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size)) if bias else None
+        self.in_proj_bias = (nn.Parameter(torch.zeros(3 * hidden_size)) if bias
+                             else None)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.attend = DotProductAttend(dropout)
         nn.init.xavier_uniform_(self.in_proj_weight)
@@ -152,8 +156,8 @@ def look_up(self: MultiHeadAttention, q: Float[Tensor, "r h n c"],
             memory: Float[Tensor, "2 b h m c"],
             mask: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "r h n c"]:
     """What the queries of r = B b rows find in b rows of projected keys and values; B
-    consecutive rows of q share one of them. `mask` (b m) or (b h n m) as in
-    `attention_weights`."""
+    consecutive rows of q share one of them. `mask` (b m) is True on the keys that may
+    be seen."""
     k, v = memory.unbind(0)
     r, h, n, c = q.shape
     if len(k) == 0 or r % len(k):
@@ -202,8 +206,8 @@ def _append(old: Tensor | None, new: Tensor) -> Tensor:
     if old is None:
         return new
     if old.shape[:2] != new.shape[:2]:
-        raise InputError("record_attention: the batch or the heads changed between two "
-                         f"steps of one call, from {tuple(old.shape[:2])} "
+        raise InputError("record_attention: the batch or the heads changed between "
+                         f"two steps of one call, from {tuple(old.shape[:2])} "
                          f"to {tuple(new.shape[:2])}")
     keys = max(old.shape[-1], new.shape[-1])
     return torch.cat([F.pad(part, (0, keys - part.shape[-1])) for part in (old, new)],
@@ -240,14 +244,16 @@ def _outermost(model: nn.Module, start: Callable[[], None]) -> Iterator[None]:
 
 # %% ../../nbs/foundations/01_attention.ipynb #c6eba94f
 @contextmanager
-def record_attention(model: nn.Module) -> Iterator[dict[str, Float[Tensor, "b h n m"]]]:
+def record_attention(
+        model: nn.Module) -> Iterator[dict[str, Float[Tensor, "b h n m"]]]:
     """Record the attention weights of `model`: a dict from the path of every `Attend`
     inside it to its weights (b h n m), detached, without dropout.
 
     Each call of the model or of its `generate` starts afresh; within one, repeated
     calls of a module (one for each step of a decoder) are joined along the queries. In
     a beam search, row i is what the slot i of the beam looked at, not the history of
-    one sentence."""
+    one sentence; where the slots share a memory, its row has their queries one after
+    another, for every step."""
     maps: dict[str, Tensor] = {}
     attends = {name: module for name, module in model.named_modules()
                if isinstance(module, Attend)}

@@ -59,8 +59,9 @@ class Residual(nn.Module):
     pre-norm, eq. (eq-pre-norm). `dropout` acts on the sub-layer's output, `drop_path`
     leaves it out for a whole sample."""
 
-    def __init__(self, hidden_size: int, dropout: float = 0.0, norm_first: bool = False,
-                 eps: float = 1e-5, drop_path: float = 0.0) -> None:
+    def __init__(self, hidden_size: int, dropout: float = 0.0,
+                 norm_first: bool = False, eps: float = 1e-5,
+                 drop_path: float = 0.0) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size)
         check_probability(dropout=dropout)
@@ -77,8 +78,8 @@ class Residual(nn.Module):
 
 # %% ../../nbs/foundations/04_blocks.ipynb #660b1d4b
 class EncoderBlock(nn.Module):
-    """Self-attention and feed-forward, each in a `Residual`. `dropout` acts on what the
-    two add to the path, `attention_dropout` on the weights."""
+    """Self-attention and feed-forward, each in a `Residual`. `dropout` acts on what
+    the two add to the path, `attention_dropout` on the weights."""
 
     def __init__(self, hidden_size: int, num_attention_heads: int,
                  intermediate_size: int, dropout: float = 0.0,
@@ -90,7 +91,8 @@ class EncoderBlock(nn.Module):
         self.attention = MultiHeadAttention(hidden_size, num_attention_heads,
                                             attention_dropout, attention_bias)
         self.feed_forward = FeedForward(hidden_size, intermediate_size, activation)
-        self.attention_path = Residual(hidden_size, dropout, norm_first, eps, drop_path)
+        self.attention_path = Residual(hidden_size, dropout, norm_first, eps,
+                                       drop_path)
         self.feed_forward_path = Residual(hidden_size, dropout, norm_first, eps,
                                           drop_path)
 

@@ -40,12 +40,13 @@ class KeyValueCache:
         views. `InputError` for another batch or head size."""
         end = self.length + k.shape[2]
         if (self.keys is not None and
-                (self.keys.shape[:2], self.keys.shape[3]) != (k.shape[:2], k.shape[3])):
+                (self.keys.shape[:2], self.keys.shape[3])
+                != (k.shape[:2], k.shape[3])):
             shape, found = tuple(self.keys[:, :, : self.length].shape), tuple(k.shape)
-            raise InputError(f"cache: expected keys (b h n c) that go on from {shape}; "
-                             f"got {found}")
+            raise InputError(f"cache: expected keys (b h n c) that go on from {shape};"
+                             f" got {found}")
         if self.keys is None or end > self.keys.shape[2]:
-            capacity = end + max(8, end // 4)
+            capacity = end + max(4, end // 4)
             self.keys, self.values = (_room(old, k, self.length, capacity)
                                       for old in (self.keys, self.values))
         self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v

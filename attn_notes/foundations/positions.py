@@ -16,8 +16,8 @@ def sinusoidal_table(n: int, d: int) -> Float[Tensor, "n d"]:
     channels. `ConfigError` unless d is even."""
     check_positive(n=n, d=d)
     if d % 2:
-        raise ConfigError("a sinusoidal table needs an even width, a sine and a cosine "
-                          f"for each frequency; got {d}")
+        raise ConfigError("a sinusoidal table needs an even width, a sine and a "
+                          f"cosine for each frequency; got {d}")
     frequency = 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
     return (torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)

@@ -24,7 +24,7 @@ from attn_notes.foundations.checks import (
 )
 from ..foundations.initialisation import init_uniform_
 from ..foundations.masks import expand_mask
-from ..foundations.search import beam_search, greedy_search
+from ..foundations.search import beam_search, check_counts, greedy_search, row_bounds
 from .cells import Recurrent
 from ..training.recipes import Recipe
 from ..zoo.checkpoints import PretrainedMixin
@@ -193,6 +193,8 @@ def generate(self: Seq2Seq, source: Int[Tensor, "b n"], source_mask: Bool[Tensor
     if source_mask is not None:
         check_mask_shape(source_mask, source.shape, "source_mask")
         check_mask_rows(source_mask, "source_mask")
+    check_counts(num_beams=num_beams)
+    row_bounds(max_new_tokens, len(source), source.device)             # refused here, before the source is read
 
     def step(last, state):
         logits, state = self.decode(last[:, None], state)
