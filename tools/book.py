@@ -24,6 +24,7 @@ READING = [
     ("Workshop: package and command line", ["zoo/*", "cli"]),
 ]
 
+MAGIC = re.compile(r"\s*(%%?|!)\w")                       # %time, %%bash, !ls; not a line that goes on with != or %
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 
 
@@ -45,7 +46,7 @@ class Cell:
     @cached_property
     def tree(self) -> ast.Module:
         """The syntax tree; line magics, which only Jupyter knows, are left out."""
-        return ast.parse("\n".join(line for line in self.source.splitlines() if not line.lstrip().startswith(("%", "!"))))
+        return ast.parse("\n".join(line for line in self.source.splitlines() if not MAGIC.match(line)))
 
 
 @dataclass

@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 
-from book import ROOT, notebook_paths, read_book, reading_order, split_directives
+from book import ROOT, Cell, notebook_paths, read_book, reading_order, split_directives
 
 NOTEBOOKS = notebook_paths(ROOT / "nbs")
 LARGEST = 500_000
@@ -109,3 +109,8 @@ def test_missing_output_fails(small_book, tmp_path):
     notebook.cells[1].outputs = []
     nbformat.write(notebook, tmp_path / "small.ipynb")
     assert "1 failed" in rerun(tmp_path).stdout
+
+
+def test_lines_for_jupyter_alone_are_left_out_and_no_others():
+    source = "%matplotlib inline\n!ls\nif (a\n    != b or c\n    % d):\n    pass"
+    assert len(Cell("x", "code", source, {}, [], "", 0).tree.body) == 1
