@@ -5,7 +5,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
 
-from book import ROOT, read_book
+from book import ROOT, notebook_paths, read_book
 
 DOCS = ROOT / "docs"
 PAGES = sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.html"))
@@ -169,6 +169,6 @@ def test_a_chapter_has_its_parts(open_page):
     assert page.locator(f"[id='{back.split('#')[1]}']").count() == 1
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("[!_.]*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", notebook_paths(ROOT / "nbs"), ids=lambda p: p.stem)
 def test_download_is_the_notebook(path):
     assert (DOCS / "_sources" / path.relative_to(ROOT / "nbs")).read_bytes() == path.read_bytes()
