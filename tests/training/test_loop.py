@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,7 @@ class Stopping(Toy):
         if self.calls == self.at:
             for _ in range(self.times):
                 signal.raise_signal(signal.SIGINT)
+                time.sleep(0.05)                                        # two signals at once would count as one
         return super().loss(model, batch, recipe)
 
 
