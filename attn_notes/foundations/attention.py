@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .cache import KeyValueCache
-from .checks import InputError, check_divides, check_features, check_positive, check_probability
+from attn_notes.foundations.checks import (
+    InputError, check_divides, check_features, check_probability,
+)
 from .masks import causal_mask, expand_mask
 
 # %% ../../nbs/foundations/01_attention.ipynb #4bfe2717

@@ -6,7 +6,6 @@ __all__ = ['KeyValueCache']
 # %% ../../nbs/foundations/07_cache.ipynb #43eb8f90
 from dataclasses import dataclass
 
-import torch
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor

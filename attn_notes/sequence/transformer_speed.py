@@ -6,8 +6,6 @@
 __all__ = ['torch_twins', 'stack_flops', 'torch_pair', 'marian_twins', 'greedy_pair', 'beam_pair']
 
 # %% ../../nbs/sequence/04_transformer_speed.ipynb #3809e795
-import warnings
-
 import torch
 from torch import Tensor, nn
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from fastcore.basics import patch
-from torch import nn
 
 from ..foundations.checks import ConfigError
 from .schedules import SCHEDULES, Schedule

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ from scipy.stats import ttest_rel
 
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.training import experiments
-from attn_notes.training.experiments import EXPERIMENTS, experiment, load, main, paired_interval, replay, run, select, verdict, weakest
+from attn_notes.training.experiments import experiment, load, main, paired_interval, replay, run, select, verdict, weakest
 
 numbers = st.floats(-100, 100)
 
