@@ -237,6 +237,7 @@ def test_wmt14_from_its_files_to_a_translation(wmt14, tmp_path, capsys, name):
     assert len(said.out.splitlines()) == 1 and said.err == ""
 
 
+@pytest.mark.slow
 def test_sentences_beyond_the_positions_are_left_out(monkeypatch, tmp_path, capsys):
     from attn_notes.data import tasks
 

@@ -117,6 +117,7 @@ def test_a_named_task_finds_its_pairs_again(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cldr-en-zh", "dates-iso"])
+@pytest.mark.slow
 def test_one_vocabulary_for_both_languages(tmp_path, name):
     apart, joint = create_task("translation", name), create_task("translation", name, joint_vocabulary=True)
     source, target = joint.source_vocab, joint.target_vocab

@@ -109,6 +109,7 @@ def test_texts_that_look_like_special_tokens_are_texts():
     assert min(pieces.encode("<pad><eos>")) > 3 and pieces.decode(pieces.encode("<pad> <eos>")) == "<pad> <eos>"
 
 
+@pytest.mark.slow
 def test_training_is_the_same_in_every_process():
     code = f"from attn_notes.data.vocabulary import Subwords; print(Subwords.build({ENGLISH + GERMAN!r}, max_size=120).to_dict())"
     said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}

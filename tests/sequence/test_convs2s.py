@@ -258,6 +258,7 @@ def test_attention_is_recorded_layer_by_layer():
 
 # ---- where it runs (compilers, precisions and files: tests/zoo/test_models.py)
 
+@pytest.mark.slow
 def test_fake_accelerator():
     assert check_model("convs2s", "fake").without_gradient == ()
 

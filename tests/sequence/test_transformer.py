@@ -547,6 +547,7 @@ def written_by_beam(model, source, mask):
 # ---- where it runs (at its published sizes, compiled, in other precisions, from files: tests/zoo/test_models.py)
 
 @pytest.mark.parametrize("name", ["transformer_base", "transformer_big"])
+@pytest.mark.slow
 def test_fake_accelerator(name):
     """With every switch the other way than registered."""
     found = check_model(name, "fake", positions="learned", norm_first=True, attention_bias=True)

@@ -75,6 +75,7 @@ def test_a_verdict_allows_the_noise_and_no_more():
     assert passed(1.08, 100) and passed(0.5, 50) and not passed(1.09, 100) and not passed(0.5, 102)
 
 
+@pytest.mark.slow
 def test_every_pair_computes_the_same_on_both_sides():
     assert "MultiHeadAttention vs torch.nn.MultiheadAttention" in list_pairs()
     assert list_pairs(["multihead"]) == ["MultiHeadAttention vs torch.nn.MultiheadAttention"]
