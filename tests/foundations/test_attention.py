@@ -426,3 +426,9 @@ def test_a_memory_has_no_order_and_no_past(memory, options):
 def test_more_queries_than_places(form):
     with pytest.raises(InputError, match="^is_causal: expected at least as many keys as queries; got 3 keys and 4 queries$"):
         form(DotProductAttend(), *qkv(n=4, m=3), is_causal=True)
+
+
+@pytest.mark.no_shapes
+def test_a_mask_of_one_key_is_not_spread_over_all():
+    with pytest.raises(InputError, match="^mask: expected one that fits"):
+        MultiHeadAttention(8, 2)(torch.randn(2, 3, 8), mask=torch.ones(2, 1, dtype=torch.bool))

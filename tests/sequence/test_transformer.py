@@ -653,3 +653,12 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
         create_model("transformer_tiny", pretrained=tmp_path / "model", num_hidden_layers=3)
     with pytest.raises(CheckpointError, match="holds a transformer_tiny, not a transformer_base$"):
         create_model("transformer_base", pretrained=tmp_path / "model")
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("change", [{"num_beams": 0}, {"max_new_tokens": 0}])
+def test_bad_sizes_are_refused_before_the_source_is_read(monkeypatch, change):
+    model = Transformer(TransformerConfig(20, 8, 1, 2, 16))
+    monkeypatch.setattr(Transformer, "encode", lambda *_: pytest.fail("the source was read"))
+    with pytest.raises(InputError, match=next(iter(change))):
+        model.generate(torch.ones(1, 3, dtype=torch.long), **change)
