@@ -9,8 +9,27 @@ __all__ = ['list_models', 'model_info', 'create_model', 'example_inputs', 'recor
 
 # %% ../nbs/zoo/00_package.ipynb #ca0b8478
 from .foundations.attention import record_attention
-from .foundations.checks import CheckpointError, CheckpointWarning, ConfigError, InputError
-from .zoo.registry import create_model, example_inputs, list_models, model_info
+from attn_notes.foundations.checks import (
+    CheckpointError,
+    CheckpointWarning,
+    ConfigError,
+    InputError,
+)
+from attn_notes.zoo.registry import (
+    create_model,
+    example_inputs,
+    list_models,
+    model_info,
+)
 
-_all_ = ["list_models", "model_info", "create_model", "example_inputs", "record_attention",
-         "ConfigError", "InputError", "CheckpointError", "CheckpointWarning"]
+_all_ = [
+    "list_models",
+    "model_info",
+    "create_model",
+    "example_inputs",
+    "record_attention",
+    "ConfigError",
+    "InputError",
+    "CheckpointError",
+    "CheckpointWarning",
+]

@@ -18,7 +18,12 @@ from typing import Any, NoReturn
 from torch import manual_seed
 from tqdm import tqdm
 
-from .foundations.checks import CheckpointError, ConfigError, InputError, check_choice
+from attn_notes.foundations.checks import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    check_choice,
+)
 from .zoo.registry import create_model, list_models, model_info, unknown
 
 # %% ../nbs/cli.ipynb #76f0ab90
@@ -29,7 +34,9 @@ def list_command(arguments: argparse.Namespace) -> int:
         raise unknown("model", arguments.pattern, list_models())
     width = max(map(len, names))
     for info in map(model_info, names):
-        print(f"{info.name:<{width}}  {info.parameters:>13,}  {info.task}  {info.paper}")
+        print(
+            f"{info.name:<{width}}  {info.parameters:>13,}  {info.task}  {info.paper}"
+        )
     return 0
 
 
@@ -81,9 +88,18 @@ def _recipe(arguments: argparse.Namespace) -> Any:
         raise unknown(f"recipe of {arguments.name}", arguments.recipe, list(recipes))
     recipe = recipes[arguments.recipe]
     steps = arguments.max_steps or recipe.max_steps
-    share = {name: getattr(recipe, name) * steps // recipe.max_steps for name in ("warmup_steps", "average_every")}
-    return replace(recipe, seed=recipe.seed if arguments.seed is None else arguments.seed, max_steps=steps, warmup_steps=share["warmup_steps"],
-                   average_every=max(1, share["average_every"]), average_last=recipe.average_last and min(recipe.average_last, steps))
+    share = {
+        name: getattr(recipe, name) * steps // recipe.max_steps
+        for name in ("warmup_steps", "average_every")
+    }
+    return replace(
+        recipe,
+        seed=recipe.seed if arguments.seed is None else arguments.seed,
+        max_steps=steps,
+        warmup_steps=share["warmup_steps"],
+        average_every=max(1, share["average_every"]),
+        average_last=recipe.average_last and min(recipe.average_last, steps),
+    )
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -91,9 +107,13 @@ def _check_output(output: Path, resume: bool) -> None:
     from attn_notes.training.checkpoints import writable_folder
 
     if resume and not (output / "checkpoint.pt").is_file():
-        raise ConfigError(f"--resume: there is no checkpoint in {output} to continue from")
+        raise ConfigError(
+            f"--resume: there is no checkpoint in {output} to continue from"
+        )
     if not resume and output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"{output} is not empty; --resume continues a run in it, another --output starts a new one")
+        raise ConfigError(
+            f"{output} is not empty; --resume continues a run in it, another --output starts a new one"
+        )
     writable_folder(output)
 
 # %% ../nbs/cli.ipynb #9a65afc9
@@ -103,10 +123,18 @@ def _prepare(arguments: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
 
     info = model_info(arguments.name)
     try:
-        task = create_task(info.task, arguments.data, data_dir=arguments.data_dir, seed=recipe.seed,
-                           joint_vocabulary=hasattr(info.config, "vocab_size"))
+        task = create_task(
+            info.task,
+            arguments.data,
+            data_dir=arguments.data_dir,
+            seed=recipe.seed,
+            joint_vocabulary=hasattr(info.config, "vocab_size"),
+        )
         manual_seed(recipe.seed)
-        model = create_model(info.name, **{**(info.tiny if arguments.recipe == "tiny" else {}), **task.overrides()})
+        model = create_model(
+            info.name,
+            **{**(info.tiny if arguments.recipe == "tiny" else {}), **task.overrides()},
+        )
         if hasattr(model.config, "max_position_embeddings"):
             task.keep_within(model.config.max_position_embeddings)
         return task, model
@@ -118,12 +146,16 @@ def _prepare(arguments: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
 
 def _interrupted(output: Path) -> str:
     "What to say after Ctrl-C."
-    return f"--resume continues the run in {output}" if (output / "checkpoint.pt").is_file() else f"no checkpoint yet in {output}"
+    return (
+        f"--resume continues the run in {output}"
+        if (output / "checkpoint.pt").is_file()
+        else f"no checkpoint yet in {output}"
+    )
 
 # %% ../nbs/cli.ipynb #8cf3a4aa
 def train_command(arguments: argparse.Namespace) -> int:
     "Train a model on a data set and save it, with what is needed to predict, into a folder."
-    first = os.environ.get("RANK", "0") == "0"                  # of the processes that torchrun started
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     recipe = _recipe(arguments)
     if first:
         _check_output(arguments.output, arguments.resume)
@@ -131,14 +163,18 @@ def train_command(arguments: argparse.Namespace) -> int:
     from attn_notes.training.loop import train
 
     try:
-        history = train(model, task, recipe, output_dir=arguments.output, resume=arguments.resume)
+        history = train(
+            model, task, recipe, output_dir=arguments.output, resume=arguments.resume
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(arguments.output)) from None
     if first:
         task.save(arguments.output)
         model.save_pretrained(arguments.output)
         print("  ".join(f"{key} {value:.4g}" for key, value in history[-1].items()))
-        print(f"saved in {arguments.output}; try: attn-notes predict {arguments.name} --pretrained {arguments.output} ...")
+        print(
+            f"saved in {arguments.output}; try: attn-notes predict {arguments.name} --pretrained {arguments.output} ..."
+        )
     return 0
 
 # %% ../nbs/cli.ipynb #fcbddfc9
@@ -149,10 +185,16 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
     info = model_info(arguments.name)
     check_choice(("translation",), task=info.task)
-    texts = [line for text in arguments.inputs for line in (sys.stdin.read().splitlines() if text == "-" else [text])]
+    texts = [
+        line
+        for text in arguments.inputs
+        for line in (sys.stdin.read().splitlines() if text == "-" else [text])
+    ]
     folder = find_checkpoint(arguments.pretrained or shipped_weights(info.name))[0]
     if folder is None:
-        raise InputError(f"--pretrained: expected a folder that attn-notes train wrote, got the single file {arguments.pretrained}")
+        raise InputError(
+            f"--pretrained: expected a folder that attn-notes train wrote, got the single file {arguments.pretrained}"
+        )
     task = load_task(folder)
     model = create_model(info.name, pretrained=folder)
     for text in task.predict(model, texts, num_beams=arguments.num_beams):
@@ -164,7 +206,9 @@ class Parser(argparse.ArgumentParser):
     "An argument parser that complains in one line, and shows examples as they are written."
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"attn-notes: {message} (see {self.prog} --help)\n")
@@ -173,52 +217,133 @@ class Parser(argparse.ArgumentParser):
 def at_least_one(text: str) -> int:
     "A whole number from 1, for argparse."
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 1, got {text!r}"
+        )
     return int(text)
 
 # %% ../nbs/cli.ipynb #c265a696
 def _add_commands(commands: Any) -> None:
     "The commands that look at models: list, info, check, bench."
-    one = commands.add_parser("list", help="the models of the book", epilog="examples:\n  attn-notes list\n  attn-notes list 'seq2seq*'")
-    one.add_argument("pattern", nargs="?", default="*", help="a shell pattern, in quotes")
+    one = commands.add_parser(
+        "list",
+        help="the models of the book",
+        epilog="examples:\n  attn-notes list\n  attn-notes list 'seq2seq*'",
+    )
+    one.add_argument(
+        "pattern", nargs="?", default="*", help="a shell pattern, in quotes"
+    )
     one.set_defaults(run=list_command)
-    one = commands.add_parser("info", help="a model: paper, chapter, figures, configuration", epilog="example:\n  attn-notes info seq2seq_lstm")
+    one = commands.add_parser(
+        "info",
+        help="a model: paper, chapter, figures, configuration",
+        epilog="example:\n  attn-notes info seq2seq_lstm",
+    )
     one.add_argument("name")
     one.set_defaults(run=info_command)
-    one = commands.add_parser("check", help="run models on a device: forward, loss, backward",
-                              epilog="examples:\n  attn-notes check\n  attn-notes check seq2seq_lstm --device cuda")
-    one.add_argument("names", nargs="*", metavar="NAME", help="all models, when none is named")
-    one.add_argument("--device", help="cpu, cuda, ..., or fake: tensors without memory (default: an accelerator, or fake)")
+    one = commands.add_parser(
+        "check",
+        help="run models on a device: forward, loss, backward",
+        epilog="examples:\n  attn-notes check\n  attn-notes check seq2seq_lstm --device cuda",
+    )
+    one.add_argument(
+        "names", nargs="*", metavar="NAME", help="all models, when none is named"
+    )
+    one.add_argument(
+        "--device",
+        help="cpu, cuda, ..., or fake: tensors without memory (default: an accelerator, or fake)",
+    )
     one.set_defaults(run=check_command)
-    one = commands.add_parser("bench", help="time ours against the reference library, by turns",
-                              epilog="examples:\n  attn-notes bench\n  attn-notes bench lstm")
-    one.add_argument("names", nargs="*", metavar="NAME", help="a word in the title of a pair; all pairs, when none is given")
+    one = commands.add_parser(
+        "bench",
+        help="time ours against the reference library, by turns",
+        epilog="examples:\n  attn-notes bench\n  attn-notes bench lstm",
+    )
+    one.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a word in the title of a pair; all pairs, when none is given",
+    )
     one.set_defaults(run=bench_command)
 
 # %% ../nbs/cli.ipynb #01141afc
 def _add_training(commands: Any) -> None:
     "The commands that use data: train and predict."
-    one = commands.add_parser("train", help="train a model", epilog="""examples:
+    one = commands.add_parser(
+        "train",
+        help="train a model",
+        epilog="""examples:
   attn-notes train seq2seq_bahdanau --data cldr-en-fr --output runs/french
   attn-notes train seq2seq_bahdanau --data cldr-en-fr --output runs/french --resume
   torchrun --nproc-per-node 2 --no-python attn-notes train seq2seq_lstm --recipe paper --data wmt14-en-fr --data-dir DIR --output runs/wmt
-  torchrun --nproc-per-node 8 --no-python attn-notes train transformer_base --recipe paper --data wmt14-en-de --data-dir DIR --output runs/base""")
+  torchrun --nproc-per-node 8 --no-python attn-notes train transformer_base --recipe paper --data wmt14-en-de --data-dir DIR --output runs/base""",
+    )
     one.add_argument("name")
-    one.add_argument("--recipe", choices=["tiny", "paper"], default="tiny", help="a small model for one processor, or the paper's (default: tiny)")
-    one.add_argument("--data", default="cldr-en-fr", metavar="NAME", help="cldr-en-fr, cldr-en-de, cldr-en-zh, dates-iso, gettext-en-fr, wmt14-en-de, ... (default: cldr-en-fr)")
-    one.add_argument("--data-dir", type=Path, metavar="DIR", help="where the files of the data set are, when no package ships them")
-    one.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder for checkpoints, metrics and the model")
-    one.add_argument("--resume", action="store_true", help="continue the run in the output folder from its last checkpoint")
+    one.add_argument(
+        "--recipe",
+        choices=["tiny", "paper"],
+        default="tiny",
+        help="a small model for one processor, or the paper's (default: tiny)",
+    )
+    one.add_argument(
+        "--data",
+        default="cldr-en-fr",
+        metavar="NAME",
+        help="cldr-en-fr, cldr-en-de, cldr-en-zh, dates-iso, gettext-en-fr, wmt14-en-de, ... (default: cldr-en-fr)",
+    )
+    one.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the files of the data set are, when no package ships them",
+    )
+    one.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a new or empty folder for checkpoints, metrics and the model",
+    )
+    one.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in the output folder from its last checkpoint",
+    )
     one.add_argument("--seed", type=int, metavar="N", help="instead of the recipe's")
-    one.add_argument("--max-steps", type=at_least_one, metavar="N", help="instead of the recipe's; the warm-up and the average shrink with it")
+    one.add_argument(
+        "--max-steps",
+        type=at_least_one,
+        metavar="N",
+        help="instead of the recipe's; the warm-up and the average shrink with it",
+    )
     one.set_defaults(run=train_command)
-    one = commands.add_parser("predict", help="apply a trained model", epilog="""examples:
+    one = commands.add_parser(
+        "predict",
+        help="apply a trained model",
+        epilog="""examples:
   attn-notes predict seq2seq_bahdanau "Monday" "two weeks ago"
-  attn-notes predict seq2seq_bahdanau --pretrained runs/french --num-beams 4 - < phrases.txt""")
+  attn-notes predict seq2seq_bahdanau --pretrained runs/french --num-beams 4 - < phrases.txt""",
+    )
     one.add_argument("name")
-    one.add_argument("inputs", nargs="+", metavar="INPUT", help="a text each; - reads lines from the standard input")
-    one.add_argument("--pretrained", metavar="PATH", help="a folder that train wrote, or a hub id (default: the book's own small weights)")
-    one.add_argument("--num-beams", type=at_least_one, default=1, metavar="N", help="width of the beam search (default: 1, greedy)")
+    one.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a text each; - reads lines from the standard input",
+    )
+    one.add_argument(
+        "--pretrained",
+        metavar="PATH",
+        help="a folder that train wrote, or a hub id (default: the book's own small weights)",
+    )
+    one.add_argument(
+        "--num-beams",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="width of the beam search (default: 1, greedy)",
+    )
     one.set_defaults(run=predict_command)
 
 # %% ../nbs/cli.ipynb #a62e212e
@@ -226,9 +351,17 @@ def make_parser() -> Parser:
     "The parser of `attn-notes`."
     from attn_notes import __version__
 
-    parser = Parser(prog="attn-notes", description="Models of attention, from a book that runs.", epilog="attn-notes COMMAND --help shows examples")
-    parser.add_argument("--version", action="version", version=f"attn-notes {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    parser = Parser(
+        prog="attn-notes",
+        description="Models of attention, from a book that runs.",
+        epilog="attn-notes COMMAND --help shows examples",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"attn-notes {__version__}"
+    )
+    commands = parser.add_subparsers(
+        metavar="COMMAND", required=True, parser_class=Parser
+    )
     _add_commands(commands)
     _add_training(commands)
     return parser
@@ -236,7 +369,10 @@ def make_parser() -> Parser:
 # %% ../nbs/cli.ipynb #49316709
 def _say(message: object, *where: Any, **more: Any) -> None:
     "One line on the standard error; also shows warnings."
-    print(f"attn-notes: {'warning: ' * isinstance(message, Warning)}{' '.join(str(message).split())}", file=sys.stderr)
+    print(
+        f"attn-notes: {'warning: ' * isinstance(message, Warning)}{' '.join(str(message).split())}",
+        file=sys.stderr,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -249,7 +385,9 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             _say(f"interrupted; {interrupt}".removesuffix("; "))
             return 130
-        except BrokenPipeError:                                 # the reader of our output, such as head, has seen enough
+        except (
+            BrokenPipeError
+        ):  # the reader of our output, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (ConfigError, InputError, CheckpointError, OSError) as error:

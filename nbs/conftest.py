@@ -9,13 +9,16 @@ Text is compared exactly. nbval needs these corrections to do so with notebooks 
 - a `#| timing` cell is run but its output, which holds times, is not compared;
 - pictures are never compared: the cells assert the data behind them.
 """
+
 import os
 import re
 
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONHASHSEED="0")
+os.environ.update(
+    OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONHASHSEED="0"
+)
 
-from nbval.kernel import RunningKernel                            # noqa: E402
-from nbval.plugin import IPyNbCell, IPyNbFile                     # noqa: E402
+from nbval.kernel import RunningKernel
+from nbval.plugin import IPyNbCell, IPyNbFile
 
 CELL_SECONDS = 300
 PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
@@ -38,12 +41,16 @@ def collect(self):
 
 
 def compare_outputs(self, run, stored, skip_compare=None):
-    run, stored = ([o for o in outputs if o.get("name") != "stderr"] for outputs in (run, stored))
+    run, stored = (
+        [o for o in outputs if o.get("name") != "stderr"] for outputs in (run, stored)
+    )
     return nbval_compare(self, run, stored, skip_compare)
 
 
 def execute_cell_input(self, source, allow_stdin=None):
-    return self.kc.execute(source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
+    return self.kc.execute(
+        source, store_history=True, allow_stdin=allow_stdin, stop_on_error=False
+    )
 
 
 IPyNbFile.collect, IPyNbCell.compare_outputs = collect, compare_outputs

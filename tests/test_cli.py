@@ -1,4 +1,5 @@
 """attn-notes as a reader meets it: exit codes, one clear line, nothing half written, and a translation at the end."""
+
 import json
 import os
 import signal
@@ -13,7 +14,11 @@ import attn_notes as an
 from attn_notes.cli import main
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-COMMAND = [sys.executable, "-c", "import sys; from attn_notes.cli import main; sys.exit(main())"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from attn_notes.cli import main; sys.exit(main())",
+]
 
 
 def run(*argv):
@@ -27,23 +32,35 @@ def run(*argv):
 @pytest.fixture
 def refused(capsys):
     """The one line of complaint about a command that is refused with exit code 2."""
+
     def ask(*argv):
         assert run(*argv) == 2
         seen = capsys.readouterr()
-        assert seen.out == "" and seen.err.startswith("attn-notes: ") and seen.err.count("\n") == 1
+        assert (
+            seen.out == ""
+            and seen.err.startswith("attn-notes: ")
+            and seen.err.count("\n") == 1
+        )
         return seen.err
+
     return ask
 
 
 # looking up
 
+
 def test_list_shows_every_model_with_its_size(capsys):
     assert run("list") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == an.list_models()
-    assert all(f"{an.model_info(line.split()[0]).parameters:,}" in line for line in lines)
+    assert all(
+        f"{an.model_info(line.split()[0]).parameters:,}" in line for line in lines
+    )
     assert run("list", "seq2seq_l*") == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["seq2seq_lstm", "seq2seq_luong"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "seq2seq_lstm",
+        "seq2seq_luong",
+    ]
 
 
 def test_info_is_the_registered_record(capsys):
@@ -51,11 +68,16 @@ def test_info_is_the_registered_record(capsys):
     assert capsys.readouterr().out == f"{an.model_info('seq2seq_gru')}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["list"], ["info"], ["check"], ["train"], ["predict"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["list"], ["info"], ["check"], ["train"], ["predict"], ["bench"]]
+)
 def test_help_explains_with_examples(command, capsys):
     assert run(*command, "--help") == 0
     said = capsys.readouterr().out
-    assert "usage: attn-notes" in said and ("attn-notes " + (command or ["COMMAND"])[0]) in said.split("usage:")[1]
+    assert (
+        "usage: attn-notes" in said
+        and ("attn-notes " + (command or ["COMMAND"])[0]) in said.split("usage:")[1]
+    )
     assert not command or "example" in said
 
 
@@ -65,9 +87,12 @@ def test_version(capsys):
 
 # checking and measuring
 
+
 def test_check_runs_a_model_on_the_stand_in_and_on_the_cpu(capsys):
     assert run("check", "seq2seq_gru", "--device", "fake") == 0
-    assert capsys.readouterr().out.startswith("ok      seq2seq_gru  24,230,000 parameters on fake")
+    assert capsys.readouterr().out.startswith(
+        "ok      seq2seq_gru  24,230,000 parameters on fake"
+    )
     assert run("check", "seq2seq_gru", "--device", "cpu") == 0
 
 
@@ -76,6 +101,7 @@ def test_a_model_that_fails_its_check_is_named(monkeypatch, capsys):
 
     def fails(name, device):
         raise RuntimeError("two devices\nand a long story")
+
     monkeypatch.setattr(devices, "check_model", fails)
     assert run("check", "seq2seq_gru") == 1
     assert capsys.readouterr().out == "FAILED  seq2seq_gru  two devices\n"
@@ -86,41 +112,60 @@ def test_bench_prints_the_ratio_and_fails_when_ours_is_slower(monkeypatch, capsy
     from attn_notes.zoo.benchmark import Benchmark, Paired
 
     for ratio, code in ((0.9, 0), (1.3, 1)):
-        monkeypatch.setattr(benchmark, "run_pair", lambda title: Benchmark(title, Paired(ratio, ratio, ratio, 1.0, 1.0), 1, 1, 0.5, 0.5))
+        monkeypatch.setattr(
+            benchmark,
+            "run_pair",
+            lambda title: Benchmark(
+                title, Paired(ratio, ratio, ratio, 1.0, 1.0), 1, 1, 0.5, 0.5
+            ),
+        )
         assert run("bench", "multihead") == code
         assert f"time x{ratio:.2f}" in capsys.readouterr().out
 
 
 # wrong questions
 
+
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("argv, said", [
-    (["info", "seq2sec_lstm"], "did you mean 'seq2seq_lstm'"),
-    (["list", "nothing*"], "unknown model 'nothing*'"),
-    (["check", "seq2seq_lstn", "--device", "fake"], "did you mean 'seq2seq_lstm'"),
-    (["check", "seq2seq_gru", "--device", "nonsense"], "is not to be had here"),
-    (["bench", "nonsense"], "unknown benchmark"),
-    (["predict", "seq2seq_gru", "--pretrained", "nowhere", "a"], "no checkpoint file or folder at nowhere"),
-    (["predict", "seq2seq_gru", "--num-beams", "0", "a"], "whole number of at least 1"),
-    (["predict", "seq2seq_gru"], "required: INPUT"),
-    (["train", "seq2seq_gru"], "required: --output"),
-    (["dance"], "invalid choice: 'dance'"),
-    ([], "required: COMMAND"),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["info", "seq2sec_lstm"], "did you mean 'seq2seq_lstm'"),
+        (["list", "nothing*"], "unknown model 'nothing*'"),
+        (["check", "seq2seq_lstn", "--device", "fake"], "did you mean 'seq2seq_lstm'"),
+        (["check", "seq2seq_gru", "--device", "nonsense"], "is not to be had here"),
+        (["bench", "nonsense"], "unknown benchmark"),
+        (
+            ["predict", "seq2seq_gru", "--pretrained", "nowhere", "a"],
+            "no checkpoint file or folder at nowhere",
+        ),
+        (
+            ["predict", "seq2seq_gru", "--num-beams", "0", "a"],
+            "whole number of at least 1",
+        ),
+        (["predict", "seq2seq_gru"], "required: INPUT"),
+        (["train", "seq2seq_gru"], "required: --output"),
+        (["dance"], "invalid choice: 'dance'"),
+        ([], "required: COMMAND"),
+    ],
+)
 def test_wrong_questions(refused, argv, said):
     assert said in refused(*argv)
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("more, said", [
-    (["--data", "cldr-en-fx"], "no translation set 'cldr-en-fx'"),
-    (["--data", "wmt14-en-de"], "wmt14-en-de needs data_dir"),
-    (["--data", "wmt14-en-de", "--data-dir", "nowhere"], "nowhere"),
-    (["--recipe", "huge"], "invalid choice: 'huge'"),
-    (["--max-steps", "0"], "whole number of at least 1"),
-    (["--seed", "-1"], "seed"),
-    (["--resume"], "there is no checkpoint in"),
-])
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--data", "cldr-en-fx"], "no translation set 'cldr-en-fx'"),
+        (["--data", "wmt14-en-de"], "wmt14-en-de needs data_dir"),
+        (["--data", "wmt14-en-de", "--data-dir", "nowhere"], "nowhere"),
+        (["--recipe", "huge"], "invalid choice: 'huge'"),
+        (["--max-steps", "0"], "whole number of at least 1"),
+        (["--seed", "-1"], "seed"),
+        (["--resume"], "there is no checkpoint in"),
+    ],
+)
 def test_training_is_refused_before_anything_is_written(refused, tmp_path, more, said):
     assert said in refused("train", "seq2seq_gru", "--output", tmp_path / "run", *more)
     assert list(tmp_path.iterdir()) == []
@@ -130,9 +175,15 @@ def test_training_is_refused_before_anything_is_written(refused, tmp_path, more,
 def test_an_output_folder_that_is_taken_or_can_not_be_written(refused, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("do not lose")
-    assert "is not empty; --resume continues" in refused("train", "seq2seq_gru", "--output", tmp_path / "taken")
-    assert "can not be written" in refused("train", "seq2seq_gru", "--output", tmp_path / "taken" / "thesis.txt" / "run")
-    assert "can not be written" in refused("train", "seq2seq_gru", "--output", "/proc/run")
+    assert "is not empty; --resume continues" in refused(
+        "train", "seq2seq_gru", "--output", tmp_path / "taken"
+    )
+    assert "can not be written" in refused(
+        "train", "seq2seq_gru", "--output", tmp_path / "taken" / "thesis.txt" / "run"
+    )
+    assert "can not be written" in refused(
+        "train", "seq2seq_gru", "--output", "/proc/run"
+    )
     assert [p.read_text() for p in (tmp_path / "taken").iterdir()] == ["do not lose"]
 
 
@@ -140,7 +191,16 @@ def test_an_output_folder_that_is_taken_or_can_not_be_written(refused, tmp_path)
 def test_a_data_folder_that_is_half_there(refused, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.en").write_text("a\nb\n")
-    said = refused("train", "seq2seq_gru", "--data", "wmt14-en-de", "--data-dir", tmp_path / "data", "--output", tmp_path / "run")
+    said = refused(
+        "train",
+        "seq2seq_gru",
+        "--data",
+        "wmt14-en-de",
+        "--data-dir",
+        tmp_path / "data",
+        "--output",
+        tmp_path / "run",
+    )
     assert "data" in said and not (tmp_path / "run").exists()
 
 
@@ -148,9 +208,21 @@ def test_a_data_folder_that_is_half_there(refused, tmp_path):
 def test_checkpoints_that_can_not_predict(refused, tmp_path):
     model = an.create_model("seq2seq_gru", **an.model_info("seq2seq_gru").tiny)
     model.save_pretrained(tmp_path / "model")
-    assert "task.json" in refused("predict", "seq2seq_gru", "--pretrained", tmp_path / "model", "a")
-    assert "single file" in refused("predict", "seq2seq_gru", "--pretrained", tmp_path / "model" / "model.safetensors", "a")
-    unshipped = [name for name in an.list_models() if not an.zoo.registry.weights_folder(name).is_dir()]
+    assert "task.json" in refused(
+        "predict", "seq2seq_gru", "--pretrained", tmp_path / "model", "a"
+    )
+    assert "single file" in refused(
+        "predict",
+        "seq2seq_gru",
+        "--pretrained",
+        tmp_path / "model" / "model.safetensors",
+        "a",
+    )
+    unshipped = [
+        name
+        for name in an.list_models()
+        if not an.zoo.registry.weights_folder(name).is_dir()
+    ]
     for name in unshipped[:1]:
         assert "ships no weights" in refused("predict", name, "a")
 
@@ -160,21 +232,38 @@ def test_ctrl_c_before_training_gives_130_and_a_line(monkeypatch, capsys, tmp_pa
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(tasks, "create_task", interrupted)
     assert run("train", "seq2seq_gru", "--output", tmp_path / "run") == 130
-    assert capsys.readouterr().err == "attn-notes: interrupted\n" and list(tmp_path.iterdir()) == []
+    assert (
+        capsys.readouterr().err == "attn-notes: interrupted\n"
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 @pytest.mark.slow
 def test_a_reader_who_has_seen_enough_ends_it_quietly():
-    process = subprocess.run(f"{sys.executable} -c \"{COMMAND[2]}\" list | head -1", shell=True, capture_output=True, text=True, env=ENVIRONMENT)
+    process = subprocess.run(
+        f'{sys.executable} -c "{COMMAND[2]}" list | head -1',
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
     assert process.stdout.split()[0] == an.list_models()[0] and process.stderr == ""
 
 
 # from phrases to a translation
 
+
 def start(*argv):
-    return subprocess.Popen([*COMMAND, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(
+        [*COMMAND, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
 
 
 def steps(folder: Path) -> int:
@@ -184,29 +273,67 @@ def steps(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_train_interrupt_resume_predict(tmp_path, capsys):
-    train = ["train", "seq2seq_gru", "--data", "dates-iso", "--max-steps", 60, "--seed", 3, "--output"]
+    train = [
+        "train",
+        "seq2seq_gru",
+        "--data",
+        "dates-iso",
+        "--max-steps",
+        60,
+        "--seed",
+        3,
+        "--output",
+    ]
     process = start(*train, tmp_path / "broken")
     deadline = time.monotonic() + 200
-    while not (tmp_path / "broken" / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (tmp_path / "broken" / "metrics.jsonl").exists()
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
-    time.sleep(1)                                                                   # some steps into the run
+    time.sleep(1)  # some steps into the run
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 130, said
-    assert said.splitlines()[-1] == f"attn-notes: interrupted; --resume continues the run in {tmp_path / 'broken'}"
-    assert "Traceback" not in said and not (tmp_path / "broken" / "model.safetensors").exists()
+    assert (
+        said.splitlines()[-1]
+        == f"attn-notes: interrupted; --resume continues the run in {tmp_path / 'broken'}"
+    )
+    assert (
+        "Traceback" not in said
+        and not (tmp_path / "broken" / "model.safetensors").exists()
+    )
     reached = steps(tmp_path / "broken")
     assert 0 < reached < 60
 
     assert run(*train, tmp_path / "broken", "--resume") == 0
     assert run(*train, tmp_path / "whole") == 0
-    saved = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("broken", "whole")]
-    assert saved[0] == saved[1]                                                     # the break changed nothing
+    saved = [
+        (tmp_path / run / "model.safetensors").read_bytes()
+        for run in ("broken", "whole")
+    ]
+    assert saved[0] == saved[1]  # the break changed nothing
     assert steps(tmp_path / "broken") == steps(tmp_path / "whole") == 60
-    assert json.loads((tmp_path / "broken" / "config.json").read_text())["architecture"] == "seq2seq_gru"
+    assert (
+        json.loads((tmp_path / "broken" / "config.json").read_text())["architecture"]
+        == "seq2seq_gru"
+    )
 
     capsys.readouterr()
-    assert run("predict", "seq2seq_gru", "--pretrained", tmp_path / "broken", "--num-beams", 2, "3 May 2020", "4 June 1999") == 0
+    assert (
+        run(
+            "predict",
+            "seq2seq_gru",
+            "--pretrained",
+            tmp_path / "broken",
+            "--num-beams",
+            2,
+            "3 May 2020",
+            "4 June 1999",
+        )
+        == 0
+    )
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
@@ -216,23 +343,47 @@ def wmt14(tmp_path):
     import pyarrow
     import pyarrow.parquet as parquet
 
-    rows = [{"en": f"{n} of the {house}s, please.", "de": f"{n} der {haus}, bitte!"} for n in range(1, 13) for house, haus in (("house", "Häuser"), ("street", "Straßen"))]
+    rows = [
+        {"en": f"{n} of the {house}s, please.", "de": f"{n} der {haus}, bitte!"}
+        for n in range(1, 13)
+        for house, haus in (("house", "Häuser"), ("street", "Straßen"))
+    ]
     kind = pyarrow.struct([("de", pyarrow.string()), ("en", pyarrow.string())])
     (tmp_path / "wmt" / "de-en").mkdir(parents=True)
     for split, part in (("train", rows), ("validation", rows[:3]), ("test", rows[3:6])):
-        parquet.write_table(pyarrow.table({"translation": pyarrow.array(part, kind)}), tmp_path / "wmt" / "de-en" / f"{split}-00000-of-00001.parquet")
+        parquet.write_table(
+            pyarrow.table({"translation": pyarrow.array(part, kind)}),
+            tmp_path / "wmt" / "de-en" / f"{split}-00000-of-00001.parquet",
+        )
     return tmp_path / "wmt"
 
 
 @pytest.mark.parametrize("name", ["transformer_tiny", "seq2seq_gru"])
 def test_wmt14_from_its_files_to_a_translation(wmt14, tmp_path, capsys, name):
-    train = ["train", name, "--data", "wmt14-en-de", "--data-dir", wmt14, "--max-steps", 3, "--output", tmp_path / "run"]
+    train = [
+        "train",
+        name,
+        "--data",
+        "wmt14-en-de",
+        "--data-dir",
+        wmt14,
+        "--max-steps",
+        3,
+        "--output",
+        tmp_path / "run",
+    ]
     assert run(*train) == 0
     stored = json.loads((tmp_path / "run" / "task.json").read_text())
     joint = name.startswith("transformer")
-    assert stored["joint_vocabulary"] is joint and ("merges" in stored["source"]) is joint and (stored["source"]["tokens"] == stored["target"]["tokens"]) is joint
+    assert (
+        stored["joint_vocabulary"] is joint
+        and ("merges" in stored["source"]) is joint
+        and (stored["source"]["tokens"] == stored["target"]["tokens"]) is joint
+    )
     capsys.readouterr()
-    assert run("predict", name, "--pretrained", tmp_path / "run", "2 of the streets") == 0
+    assert (
+        run("predict", name, "--pretrained", tmp_path / "run", "2 of the streets") == 0
+    )
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 1 and said.err == ""
 
@@ -243,10 +394,24 @@ def test_sentences_beyond_the_positions_are_left_out(monkeypatch, tmp_path, caps
 
     long = [tasks.Pair("word " * 200, "Wort " * 200), tasks.Pair("word", "Wort " * 128)]
     task_pairs = tasks.task_pairs
-    monkeypatch.setattr(tasks, "task_pairs", lambda split, **data: task_pairs(split, **data)[:40] + long * (split == "train"))
-    assert run("train", "transformer_tiny", "--max-steps", 2, "--output", tmp_path / "run") == 0
-    assert "warning: 2 of 42 training pairs have more than 128 tokens, and are left out" in capsys.readouterr().err
-    assert json.loads((tmp_path / "run" / "task.json").read_text())["max_new_tokens"] < 128
+    monkeypatch.setattr(
+        tasks,
+        "task_pairs",
+        lambda split, **data: (
+            task_pairs(split, **data)[:40] + long * (split == "train")
+        ),
+    )
+    assert (
+        run("train", "transformer_tiny", "--max-steps", 2, "--output", tmp_path / "run")
+        == 0
+    )
+    assert (
+        "warning: 2 of 42 training pairs have more than 128 tokens, and are left out"
+        in capsys.readouterr().err
+    )
+    assert (
+        json.loads((tmp_path / "run" / "task.json").read_text())["max_new_tokens"] < 128
+    )
 
 
 def test_fewer_steps_keep_the_recipe_in_proportion(monkeypatch):
@@ -255,11 +420,28 @@ def test_fewer_steps_keep_the_recipe_in_proportion(monkeypatch):
     from attn_notes import cli
     from attn_notes.training.recipes import Recipe
 
-    recipe = Recipe(schedule="cosine", warmup_steps=4000, max_steps=100_000, average_last=5, average_every=1500)
-    monkeypatch.setattr(cli, "model_info", lambda name: Namespace(recipes={"paper": recipe}))
-    short = {steps: cli._recipe(Namespace(name="any", recipe="paper", max_steps=steps, seed=None)) for steps in (None, 1000, 50, 3, 1)}
+    recipe = Recipe(
+        schedule="cosine",
+        warmup_steps=4000,
+        max_steps=100_000,
+        average_last=5,
+        average_every=1500,
+    )
+    monkeypatch.setattr(
+        cli, "model_info", lambda name: Namespace(recipes={"paper": recipe})
+    )
+    short = {
+        steps: cli._recipe(
+            Namespace(name="any", recipe="paper", max_steps=steps, seed=None)
+        )
+        for steps in (None, 1000, 50, 3, 1)
+    }
     assert short[None] == recipe
-    assert {steps: (r.warmup_steps, r.average_last, r.average_every) for steps, r in short.items() if steps} == {1000: (40, 5, 15), 50: (2, 5, 1), 3: (0, 3, 1), 1: (0, 1, 1)}
+    assert {
+        steps: (r.warmup_steps, r.average_last, r.average_every)
+        for steps, r in short.items()
+        if steps
+    } == {1000: (40, 5, 15), 50: (2, 5, 1), 3: (0, 3, 1), 1: (0, 1, 1)}
 
 
 def test_predict_uses_the_shipped_weights_and_reads_lines(monkeypatch, capsys):

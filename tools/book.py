@@ -1,4 +1,5 @@
 """The book as data: which notebooks there are, in which order they are read, and what their directives say."""
+
 import ast
 import re
 from dataclasses import dataclass, field
@@ -24,13 +25,16 @@ READING = [
     ("Workshop: package and command line", ["zoo/*", "cli"]),
 ]
 
-MAGIC = re.compile(r"\s*(%%?|!)\w")                       # %time, %%bash, !ls; not a line that goes on with != or %
+MAGIC = re.compile(
+    r"\s*(%%?|!)\w"
+)  # %time, %%bash, !ls; not a line that goes on with != or %
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 
 
 @dataclass
 class Cell:
     """A code or markdown cell: its source without directives, the directives, and the heading it stands under."""
+
     id: str
     kind: str
     source: str
@@ -46,12 +50,17 @@ class Cell:
     @cached_property
     def tree(self) -> ast.Module:
         """The syntax tree; line magics, which only Jupyter knows, are left out."""
-        return ast.parse("\n".join(line for line in self.source.splitlines() if not MAGIC.match(line)))
+        return ast.parse(
+            "\n".join(
+                line for line in self.source.splitlines() if not MAGIC.match(line)
+            )
+        )
 
 
 @dataclass
 class Notebook:
     """One chapter: `name` is its path below nbs/ without the suffix, as in sequence/01_cells."""
+
     path: Path
     name: str
     cells: list[Cell] = field(repr=False)
@@ -87,23 +96,49 @@ def read_notebook(path: Path, nbs: Path) -> Notebook:
     """Read a notebook with the section and directives of every cell."""
     cells, section, title, summary, module = [], "", "", "", ""
     for index, raw in enumerate(nbformat.read(path, as_version=4).cells):
-        source, directives = (raw.source, {}) if raw.cell_type != "code" else split_directives(raw.source)
+        source, directives = (
+            (raw.source, {})
+            if raw.cell_type != "code"
+            else split_directives(raw.source)
+        )
         if raw.cell_type == "markdown":
-            outside_fences = re.sub(r"^(`{3,}|~{3,}).*?^\1", "", source, flags=re.MULTILINE | re.DOTALL)
-            for level, heading in re.findall(r"^(#{1,4})\s+(.+?)\s*$", outside_fences, re.MULTILINE):
+            outside_fences = re.sub(
+                r"^(`{3,}|~{3,}).*?^\1", "", source, flags=re.MULTILINE | re.DOTALL
+            )
+            for level, heading in re.findall(
+                r"^(#{1,4})\s+(.+?)\s*$", outside_fences, re.MULTILINE
+            ):
                 if len(level) == 1 and not title:
                     title = heading
                     rest = source.split(heading, 1)[1].strip()
-                    summary = re.split(r"\n\s*\n", rest)[0].replace("\n", " ") if rest else ""
+                    summary = (
+                        re.split(r"\n\s*\n", rest)[0].replace("\n", " ") if rest else ""
+                    )
                 section = heading
         module = directives.get("default_exp", module)
-        cells.append(Cell(raw.get("id", ""), raw.cell_type, source, directives, raw.get("outputs", []), section, index))
-    return Notebook(path, str(path.relative_to(nbs).with_suffix("")), cells, title, summary, module)
+        cells.append(
+            Cell(
+                raw.get("id", ""),
+                raw.cell_type,
+                source,
+                directives,
+                raw.get("outputs", []),
+                section,
+                index,
+            )
+        )
+    return Notebook(
+        path, str(path.relative_to(nbs).with_suffix("")), cells, title, summary, module
+    )
 
 
 def notebook_paths(nbs: Path) -> list[Path]:
     """Every notebook of the book; folders and files beginning with _ or . are no part of it."""
-    return [p for p in sorted(nbs.rglob("*.ipynb")) if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)]
+    return [
+        p
+        for p in sorted(nbs.rglob("*.ipynb"))
+        if not any(part.startswith((".", "_")) for part in p.relative_to(nbs).parts)
+    ]
 
 
 def read_book(root: Path = ROOT) -> list[Notebook]:
@@ -113,8 +148,15 @@ def read_book(root: Path = ROOT) -> list[Notebook]:
 def offered_names(notebooks: list[Notebook]) -> list[str]:
     """What `attn_notes` itself offers: the names that its top notebook takes from the modules."""
     top = [n for n in notebooks if n.module == "__init__"]
-    return [alias.name for notebook in top for cell in notebook.code() if cell.exports for node in ast.walk(cell.tree)
-            if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return [
+        alias.name
+        for notebook in top
+        for cell in notebook.code()
+        if cell.exports
+        for node in ast.walk(cell.tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
 
 
 def reading_order(names: list[str]) -> list[tuple[str, list[str]]]:
@@ -124,11 +166,17 @@ def reading_order(names: list[str]) -> list[tuple[str, list[str]]]:
     for part, patterns in READING:
         chapters = []
         for pattern in patterns:
-            taken = [n for n in left if Path(n).match(pattern) and n.count("/") == pattern.count("/")]
+            taken = [
+                n
+                for n in left
+                if Path(n).match(pattern) and n.count("/") == pattern.count("/")
+            ]
             chapters += taken
             left = [n for n in left if n not in taken]
         if chapters:
             parts.append((part, chapters))
     if left:
-        raise ValueError(f"no place in the reading order of tools/book.py for: {', '.join(left)}")
+        raise ValueError(
+            f"no place in the reading order of tools/book.py for: {', '.join(left)}"
+        )
     return parts

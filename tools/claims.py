@@ -7,16 +7,22 @@ cell that tests it starts with `#| claim: id` and asserts. Its verdict follows f
 cell's last expression is `verdict(...)` of attn_notes.training.experiments, as it must be for an experiment: then the
 verdict is what the cell shows, which the re-run of the notebooks keeps true.
 """
+
 import ast
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-
 from book import ROOT, Cell, Notebook, read_book, reading_order
 
-BY_KIND = {"identity": "confirmed", "figure": "confirmed", "correction": "corrected", "question": "answered", "experiment": None}
+BY_KIND = {
+    "identity": "confirmed",
+    "figure": "confirmed",
+    "correction": "corrected",
+    "question": "answered",
+    "experiment": None,
+}
 COMPUTED = ("confirmed", "contradicted", "not seen at this scale")
 VERDICT_FUNCTIONS = ("verdict", "weakest")
 VERDICT_MODULE = "attn_notes.training.experiments"
@@ -28,10 +34,10 @@ class Claim:
     kind: str
     says: str
     show: str
-    chapter: str            # as claims.yaml files it
+    chapter: str  # as claims.yaml files it
     due: bool
-    verdict: str = ""       # empty: no cell, or none that can be read
-    notebook: str = ""      # where the cell stands, with its section
+    verdict: str = ""  # empty: no cell, or none that can be read
+    notebook: str = ""  # where the cell stands, with its section
     section: str = ""
 
 
@@ -39,13 +45,19 @@ def called(node: ast.AST) -> str:
     """The name of the function that this expression calls, without what stands before the last dot."""
     if not isinstance(node, ast.Call):
         return ""
-    return node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+    return (
+        node.func.id
+        if isinstance(node.func, ast.Name)
+        else getattr(node.func, "attr", "")
+    )
 
 
 def asserts(cell: Cell) -> bool:
     """Whether the cell asserts something that it computes."""
     for node in ast.walk(cell.tree):
-        if isinstance(node, ast.Assert) and any(isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(node.test)):
+        if isinstance(node, ast.Assert) and any(
+            isinstance(part, (ast.Name, ast.Call)) for part in ast.walk(node.test)
+        ):
             return True
         if called(node).startswith("assert_"):
             return True
@@ -53,16 +65,27 @@ def asserts(cell: Cell) -> bool:
 
 
 def is_literal(node: ast.AST) -> bool:
-    return not any(isinstance(part, (ast.Name, ast.Call, ast.Attribute, ast.Subscript)) for part in ast.walk(node))
+    return not any(
+        isinstance(part, (ast.Name, ast.Call, ast.Attribute, ast.Subscript))
+        for part in ast.walk(node)
+    )
 
 
 def is_verdict_call(node: ast.AST) -> bool:
     """`verdict(low, high, ...)` of computed bounds, or `weakest(...)` of such calls."""
     name = called(node)
     if name == "weakest":
-        return bool(node.args) and all(is_verdict_call(argument) for argument in node.args)
-    bounds = (node.args + [k.value for k in node.keywords if k.arg in ("low", "high")])[:2] if name == "verdict" else []
-    both = any(isinstance(bound, ast.Starred) for bound in bounds)                                  # verdict(*interval, ...)
+        return bool(node.args) and all(
+            is_verdict_call(argument) for argument in node.args
+        )
+    bounds = (
+        (node.args + [k.value for k in node.keywords if k.arg in ("low", "high")])[:2]
+        if name == "verdict"
+        else []
+    )
+    both = any(
+        isinstance(bound, ast.Starred) for bound in bounds
+    )  # verdict(*interval, ...)
     return (both or len(bounds) == 2) and not any(map(is_literal, bounds))
 
 
@@ -72,8 +95,20 @@ def computes_verdict(cell: Cell) -> bool:
     if not isinstance(last, ast.Expr):
         return False
     if isinstance(last.value, ast.Name):
-        stored = [n for n in ast.walk(cell.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id == last.value.id]
-        plain = [n for n in cell.tree.body if isinstance(n, ast.Assign) and len(n.targets) == 1 and n.targets[0] in stored]
+        stored = [
+            n
+            for n in ast.walk(cell.tree)
+            if isinstance(n, ast.Name)
+            and isinstance(n.ctx, ast.Store)
+            and n.id == last.value.id
+        ]
+        plain = [
+            n
+            for n in cell.tree.body
+            if isinstance(n, ast.Assign)
+            and len(n.targets) == 1
+            and n.targets[0] in stored
+        ]
         return len(stored) == len(plain) == 1 and is_verdict_call(plain[0].value)
     return is_verdict_call(last.value)
 
@@ -89,10 +124,18 @@ def redefines_verdict(notebook: Notebook) -> bool:
                 bound = [node.name]
             elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
                 bound = [node.id]
-            elif isinstance(node, ast.Import) or isinstance(node, ast.ImportFrom) and node.module != VERDICT_MODULE:
+            elif (
+                isinstance(node, ast.Import)
+                or isinstance(node, ast.ImportFrom)
+                and node.module != VERDICT_MODULE
+            ):
                 bound = [alias.asname or alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
-                bound = [alias.asname for alias in node.names if alias.asname and alias.asname != alias.name]
+                bound = [
+                    alias.asname
+                    for alias in node.names
+                    if alias.asname and alias.asname != alias.name
+                ]
             if set(bound) & set(VERDICT_FUNCTIONS):
                 return True
     return False
@@ -101,23 +144,35 @@ def redefines_verdict(notebook: Notebook) -> bool:
 def shown_value(cell: Cell) -> str:
     """The text of the value that the cell ends in."""
     results = [o for o in cell.outputs if o.output_type == "execute_result"]
-    return str(results[-1]["data"].get("text/plain", "")).strip().strip("'\"") if results else ""
+    return (
+        str(results[-1]["data"].get("text/plain", "")).strip().strip("'\"")
+        if results
+        else ""
+    )
 
 
-def read_claims(root: Path = ROOT, notebooks: list[Notebook] | None = None) -> tuple[list[Claim], list[str]]:
+def read_claims(
+    root: Path = ROOT, notebooks: list[Notebook] | None = None
+) -> tuple[list[Claim], list[str]]:
     """Every claim with its verdict, in the order of claims.yaml, and what is wrong, one line each."""
     notebooks = read_book(root) if notebooks is None else notebooks
     names = {notebook.name for notebook in notebooks}
     claims, problems = {}, []
-    for chapter, rows in yaml.safe_load((root / "nbs" / "claims.yaml").read_text(encoding="utf-8")).items():
+    for chapter, rows in yaml.safe_load(
+        (root / "nbs" / "claims.yaml").read_text(encoding="utf-8")
+    ).items():
         for row in rows:
             if row["id"] in claims or row["kind"] not in BY_KIND:
-                problems.append(f"claims.yaml: {row['id']} stands there twice, or its kind {row['kind']!r} is none of {', '.join(BY_KIND)}")
+                problems.append(
+                    f"claims.yaml: {row['id']} stands there twice, or its kind {row['kind']!r} is none of {', '.join(BY_KIND)}"
+                )
             claims[row["id"]] = Claim(**row, chapter=chapter, due=chapter in names)
 
     for notebook in notebooks:
         if notebook.claims() and redefines_verdict(notebook):
-            problems.append(f"{notebook.name}: verdict must be the function of {VERDICT_MODULE}, and nothing else may take its name")
+            problems.append(
+                f"{notebook.name}: verdict must be the function of {VERDICT_MODULE}, and nothing else may take its name"
+            )
         for cell in notebook.claims():
             id = cell.directives["claim"]
             where = f"{notebook.name}, claim {id}"
@@ -126,9 +181,13 @@ def read_claims(root: Path = ROOT, notebooks: list[Notebook] | None = None) -> t
                 problems.append(f"{where}: claims.yaml does not know this id")
                 continue
             if claim.notebook:
-                problems.append(f"{where}: the claim has a cell already, in {claim.notebook}")
+                problems.append(
+                    f"{where}: the claim has a cell already, in {claim.notebook}"
+                )
             if not claim.due:
-                problems.append(f"{where}: claims.yaml files it under {claim.chapter}, which does not exist")
+                problems.append(
+                    f"{where}: claims.yaml files it under {claim.chapter}, which does not exist"
+                )
             if not asserts(cell):
                 problems.append(f"{where}: the cell asserts nothing that it computes")
             claim.notebook, claim.section = notebook.name, cell.section
@@ -137,12 +196,25 @@ def read_claims(root: Path = ROOT, notebooks: list[Notebook] | None = None) -> t
                 shown = shown_value(cell)
                 claim.verdict = shown if shown in COMPUTED else ""
                 if not claim.verdict:
-                    problems.append(f"{where}: the stored verdict {shown!r} is none of {', '.join(COMPUTED)}; run the notebook")
-                if "timing" in cell.directives or cell.directives.get("eval") == "false":
-                    problems.append(f"{where}: a cell whose output is not compared can give no verdict")
+                    problems.append(
+                        f"{where}: the stored verdict {shown!r} is none of {', '.join(COMPUTED)}; run the notebook"
+                    )
+                if (
+                    "timing" in cell.directives
+                    or cell.directives.get("eval") == "false"
+                ):
+                    problems.append(
+                        f"{where}: a cell whose output is not compared can give no verdict"
+                    )
             elif claim.kind == "experiment":
-                problems.append(f"{where}: the cell of an experiment ends in verdict(low, high, ...) of computed bounds")
-    problems += [f"{c.chapter}: no cell for claim {c.id}" for c in claims.values() if c.due and not c.notebook]
+                problems.append(
+                    f"{where}: the cell of an experiment ends in verdict(low, high, ...) of computed bounds"
+                )
+    problems += [
+        f"{c.chapter}: no cell for claim {c.id}"
+        for c in claims.values()
+        if c.due and not c.notebook
+    ]
     return list(claims.values()), problems
 
 
@@ -154,15 +226,35 @@ def chapter_table(root: Path = ROOT):
     claims, _ = read_claims(root, list(notebooks.values()))
     rows = ["| chapter | what was verified |", "|---|---|"]
     for part, names in reading_order(list(notebooks)):
-        tested = [name for name in names if any(claim.due and claim.chapter == name for claim in claims)]
+        tested = [
+            name
+            for name in names
+            if any(claim.due and claim.chapter == name for claim in claims)
+        ]
         for name in tested:
-            verdicts = [claim.verdict or "open" for claim in claims if claim.chapter == name]
-            tally = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys([*COMPUTED, "corrected", "answered", "open"]) if verdict in verdicts)
+            verdicts = [
+                claim.verdict or "open" for claim in claims if claim.chapter == name
+            ]
+            tally = ", ".join(
+                f"{verdicts.count(verdict)} {verdict}"
+                for verdict in dict.fromkeys(
+                    [*COMPUTED, "corrected", "answered", "open"]
+                )
+                if verdict in verdicts
+            )
             count = "1 claim" if len(verdicts) == 1 else f"{len(verdicts)} claims"
-            rows.append(f"| [{notebooks[name].title}]({name}.ipynb) | {count}: {tally} |")
-        others = ", ".join(f"[{notebooks[name].title}]({name}.ipynb)" for name in names if name not in tested)
+            rows.append(
+                f"| [{notebooks[name].title}]({name}.ipynb) | {count}: {tally} |"
+            )
+        others = ", ".join(
+            f"[{notebooks[name].title}]({name}.ipynb)"
+            for name in names
+            if name not in tested
+        )
         if others:
-            rows.append(f"| {part}: {others} | no claims of the notes; tests in `tests/` |")
+            rows.append(
+                f"| {part}: {others} | no claims of the notes; tests in `tests/` |"
+            )
     return Markdown("\n".join(rows))
 
 
@@ -170,7 +262,9 @@ def main() -> int:
     claims, problems = read_claims()
     for claim in claims:
         if claim.due:
-            print(f"{claim.id:26} {claim.kind:11} {claim.verdict or '-':24} {claim.notebook}")
+            print(
+                f"{claim.id:26} {claim.kind:11} {claim.verdict or '-':24} {claim.notebook}"
+            )
     print(*problems, sep="\n", file=sys.stderr)
     return bool(problems)
 

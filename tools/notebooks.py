@@ -6,6 +6,7 @@
 A notebook is executed in its own folder's kernel, top to bottom; execution counts and volatile metadata are dropped,
 so running twice gives the same bytes.
 """
+
 import argparse
 import os
 import re
@@ -18,10 +19,20 @@ from book import ROOT, notebook_paths, split_directives
 CELL_SECONDS = 600
 
 
-SLIMMER = [(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>", ""),        # header, comments
-           (r"\s+", " "), ("> <", "><"), (r"([1-9]\d*\.\d\d)\d+", r"\1"),                     # white space; hundredths of a point
-           (r'<g id="\w+">', "<g>"), (r"DejaVuSans-", "d"),                                     # names nothing refers to, or longer than needed
-           (r' ([MLQCz]) (?=[\d.-])', r"\1"), (r'(?<=[:;]) (?=[^"<>]*")', ""), (" ?/>", "/>")]    # spaces in paths and styles
+SLIMMER = [
+    (
+        r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>",
+        "",
+    ),  # header, comments
+    (r"\s+", " "),
+    ("> <", "><"),
+    (r"([1-9]\d*\.\d\d)\d+", r"\1"),  # white space; hundredths of a point
+    (r'<g id="\w+">', "<g>"),
+    (r"DejaVuSans-", "d"),  # names nothing refers to, or longer than needed
+    (r" ([MLQCz]) (?=[\d.-])", r"\1"),
+    (r'(?<=[:;]) (?=[^"<>]*")', ""),
+    (" ?/>", "/>"),
+]  # spaces in paths and styles
 
 
 def slim(svg: str) -> str:
@@ -38,26 +49,48 @@ def execute(path: Path) -> float:
 
     notebook = nbformat.read(path, as_version=4)
     start = time.perf_counter()
-    client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", store_widget_state=False,
-                            resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
-            if cell.cell_type == "code" and split_directives(cell.source)[1].get("eval") != "false":
+            if (
+                cell.cell_type == "code"
+                and split_directives(cell.source)[1].get("eval") != "false"
+            ):
                 client.execute_cell(cell, index)
-    notebook.metadata = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-                         "language_info": {"name": "python"}}
+    notebook.metadata = {
+        "kernelspec": {
+            "display_name": "Python 3 (ipykernel)",
+            "language": "python",
+            "name": "python3",
+        },
+        "language_info": {"name": "python"},
+    }
     for cell in notebook.cells:
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k in ("tags", "slideshow")}
+        cell.metadata = {
+            k: v for k, v in cell.metadata.items() if k in ("tags", "slideshow")
+        }
         if cell.cell_type == "code":
             cell.execution_count = None
             for output in cell.outputs:
                 output.pop("execution_count", None)
                 if output.output_type == "execute_result":
                     output["execution_count"] = None
-                output.pop("metadata", None) if output.output_type == "stream" else output.update(metadata={})
+                output.pop(
+                    "metadata", None
+                ) if output.output_type == "stream" else output.update(metadata={})
                 if "image/svg+xml" in output.get("data", {}):
                     output.data["image/svg+xml"] = slim(output.data["image/svg+xml"])
-            cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.name != "stderr"]
+            cell.outputs = [
+                o
+                for o in cell.outputs
+                if o.output_type != "stream" or o.name != "stderr"
+            ]
     nbformat.validate(notebook)
     temporary = path.with_suffix(".ipynb.part")
     nbformat.write(notebook, temporary)
@@ -81,15 +114,24 @@ def export(paths: list[Path], root: Path = ROOT) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["run", "export"])
     parser.add_argument("notebooks", nargs="*", type=Path)
     arguments = parser.parse_args()
     paths = [p.resolve() for p in arguments.notebooks]
     export(paths)
     if arguments.command == "run":
-        os.environ.update(PYTHONHASHSEED="0", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        for path in paths or sorted(notebook_paths(ROOT / "nbs"), key=lambda p: p.stem == "index"):     # the home page sums up the others
+        os.environ.update(
+            PYTHONHASHSEED="0",
+            OMP_NUM_THREADS="1",
+            MKL_NUM_THREADS="1",
+            HF_HUB_OFFLINE="1",
+        )
+        for path in paths or sorted(
+            notebook_paths(ROOT / "nbs"), key=lambda p: p.stem == "index"
+        ):  # the home page sums up the others
             print(f"{path.relative_to(ROOT)}: ", end="", flush=True)
             print(f"{execute(path):.1f} s", flush=True)
     return 0

@@ -17,20 +17,28 @@ from ..foundations.checks import ConfigError, InputError
 from ..foundations.masks import lengths_mask
 
 # %% ../../nbs/data/02_batching.ipynb #db566e80
-def pad_ids(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+def pad_ids(
+    rows: Sequence[Sequence[int]], pad_id: int = 0
+) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
     """Rows of ids as one tensor, padded on the right to the longest, and the mask that is True on real tokens.
 
     `InputError` for no rows, or for a row without a token.
     """
     lengths = [len(row) for row in rows]
     if not lengths or min(lengths) == 0:
-        raise InputError(f"expected at least one row and no empty row, got lengths {lengths[:8]}")
+        raise InputError(
+            f"expected at least one row and no empty row, got lengths {lengths[:8]}"
+        )
     ids = torch.tensor([*zip_longest(*rows, fillvalue=pad_id)]).T.contiguous()
     return ids, lengths_mask(torch.tensor(lengths), ids.shape[1])
 
 # %% ../../nbs/data/02_batching.ipynb #b2921928
-def collate_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int = 0, bos_id: int = 1,
-                  eos_id: int = 2) -> dict[str, Tensor]:
+def collate_pairs(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pad_id: int = 0,
+    bos_id: int = 1,
+    eos_id: int = 2,
+) -> dict[str, Tensor]:
     """A batch for an encoder-decoder from (source ids, target ids), neither with special tokens.
 
     `source`, `source_mask` (b n); `target_in` = bos + target, `target_out` = target + eos, `target_mask` (b m).
@@ -38,8 +46,13 @@ def collate_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: 
     source, source_mask = pad_ids([s for s, _ in pairs], pad_id)
     target_in, target_mask = pad_ids([[bos_id, *t] for _, t in pairs], pad_id)
     target_out, _ = pad_ids([[*t, eos_id] for _, t in pairs], pad_id)
-    return {"source": source, "source_mask": source_mask, "target_in": target_in, "target_mask": target_mask,
-            "target_out": target_out}
+    return {
+        "source": source,
+        "source_mask": source_mask,
+        "target_in": target_in,
+        "target_mask": target_mask,
+        "target_out": target_out,
+    }
 
 # %% ../../nbs/data/02_batching.ipynb #96f7e98a
 def padding_share(batches: Iterable[dict[str, Tensor]]) -> float:
@@ -59,15 +72,35 @@ class TokenBatches:
     Raises `ConfigError` unless exactly one of the sizes is given, `InputError` for no examples or one above `max_tokens`.
     """
 
-    def __init__(self, lengths, batch_size: int | None = None, max_tokens: int | None = None, seed: int = 0, pool: int = 16):
-        self.batch_size, self.max_tokens, self.seed, self.pool = batch_size, max_tokens, seed, pool
-        if (batch_size is None) == (max_tokens is None) or (batch_size or max_tokens or 0) < 1 or pool < 1:
-            raise ConfigError(f"expected one of batch_size and max_tokens, at least 1, got {batch_size} and {max_tokens}")
+    def __init__(
+        self,
+        lengths,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        pool: int = 16,
+    ):
+        self.batch_size, self.max_tokens, self.seed, self.pool = (
+            batch_size,
+            max_tokens,
+            seed,
+            pool,
+        )
+        if (
+            (batch_size is None) == (max_tokens is None)
+            or (batch_size or max_tokens or 0) < 1
+            or pool < 1
+        ):
+            raise ConfigError(
+                f"expected one of batch_size and max_tokens, at least 1, got {batch_size} and {max_tokens}"
+            )
         if not len(lengths):
             raise InputError("expected at least one example, got none")
         self.lengths = np.asarray(lengths, dtype=np.int64).reshape(len(lengths), -1)
         if max_tokens and self.lengths.max() > max_tokens:
-            raise InputError(f"expected examples of at most max_tokens={max_tokens} tokens, got one of {self.lengths.max()}")
+            raise InputError(
+                f"expected examples of at most max_tokens={max_tokens} tokens, got one of {self.lengths.max()}"
+            )
 
 # %% ../../nbs/data/02_batching.ipynb #2fc483d4
 @patch
@@ -90,18 +123,24 @@ def epoch(self: TokenBatches, epoch: int = 0) -> list[np.ndarray]:
     order = random.permutation(len(self.lengths))
     rows = self.batch_size or max(1, int(self.max_tokens / self.lengths.max(1).mean()))
     pools = np.split(order, range(rows * self.pool, len(order), rows * self.pool))
-    order = np.concatenate([pool[np.argsort(self.lengths[pool].sum(1), kind="stable")] for pool in pools])
+    order = np.concatenate(
+        [pool[np.argsort(self.lengths[pool].sum(1), kind="stable")] for pool in pools]
+    )
     batches = self.cut(order)
     return [batches[i] for i in random.permutation(len(batches))]
 
 # %% ../../nbs/data/02_batching.ipynb #616423cc
 @patch
-def shard(self: TokenBatches, epoch: int = 0, rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
+def shard(
+    self: TokenBatches, epoch: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[np.ndarray]:
     """The rows of every batch that fall to process `rank` of `world`: together they are the batch, whatever `world` is.
 
     A process for which a small batch has no row gets an empty array, so that all processes take the same number of steps.
     """
     if not 0 <= rank < world:
-        raise ConfigError(f"expected a rank from 0 to world - 1, got rank {rank} of world {world}")
+        raise ConfigError(
+            f"expected a rank from 0 to world - 1, got rank {rank} of world {world}"
+        )
     for batch in self.epoch(epoch):
         yield batch[rank::world]

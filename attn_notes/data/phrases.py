@@ -37,7 +37,15 @@ def _random(*key) -> random.Random:
 # %% ../../nbs/data/00_phrases.ipynb #dd4e9fc4
 FIRST_DAY = datetime.date(1950, 1, 1)
 DATE_FORMS = {"full": 1400, "long": 900, "medium": 700, "yMMMM": 500, "MMMMd": 366}
-TIME_UNITS = {"year": 31_536_000, "month": 2_592_000, "week": 604_800, "day": 86_400, "hour": 3_600, "minute": 60, "second": 1}
+TIME_UNITS = {
+    "year": 31_536_000,
+    "month": 2_592_000,
+    "week": 604_800,
+    "day": 86_400,
+    "hour": 3_600,
+    "minute": 60,
+    "second": 1,
+}
 
 
 def _dates_and_times() -> Iterator[Request]:
@@ -47,14 +55,22 @@ def _dates_and_times() -> Iterator[Request]:
             yield Request(form, (FIRST_DAY + datetime.timedelta(day),), "date")
     for unit, seconds in TIME_UNITS.items():
         for n in _random("time", unit).sample(range(1, 120), 60):
-            yield Request("time", (unit, datetime.timedelta(seconds=n * seconds)), "time")
-            yield Request("time", (unit, datetime.timedelta(seconds=-n * seconds)), "time")
+            yield Request(
+                "time", (unit, datetime.timedelta(seconds=n * seconds)), "time"
+            )
+            yield Request(
+                "time", (unit, datetime.timedelta(seconds=-n * seconds)), "time"
+            )
 
 # %% ../../nbs/data/00_phrases.ipynb #4e6f10af
 def _amounts(key: str, count: int) -> list:
     """Some numbers for one unit: 1, small whole numbers, one decimal, hundreds and thousands."""
     draw = _random("amount", key)
-    makers = [lambda: draw.randint(2, 99), lambda: draw.randint(11, 999) / 10, lambda: draw.randint(100, 9_999)]
+    makers = [
+        lambda: draw.randint(2, 99),
+        lambda: draw.randint(11, 999) / 10,
+        lambda: draw.randint(100, 9_999),
+    ]
     return [1, *(makers[i % 3]() for i in range(count - 1))]
 
 
@@ -67,18 +83,37 @@ def _measures() -> Iterator[Request]:
         for n in _amounts(unit, 16):
             yield Request("unit", (n, unit), f"unit:{unit}")
     day = datetime.date(2020, 1, 1)
-    for code in sorted({code for country in _countries() for code in get_territory_currencies(country, day, day)}):
+    for code in sorted(
+        {
+            code
+            for country in _countries()
+            for code in get_territory_currencies(country, day, day)
+        }
+    ):
         for n in _amounts(code, 14):
             yield Request("money", (n, code), f"money:{code}")
 
 # %% ../../nbs/data/00_phrases.ipynb #1623804f
-NOT_COUNTRIES = ("EU", "EZ", "UN", "XA", "XB", "ZZ", "QO", "CQ")     # unions, test codes; CQ is new in CLDR 47
+NOT_COUNTRIES = (
+    "EU",
+    "EZ",
+    "UN",
+    "XA",
+    "XB",
+    "ZZ",
+    "QO",
+    "CQ",
+)  # unions, test codes; CQ is new in CLDR 47
 
 
 def _countries() -> list[str]:
     from babel import Locale
 
-    return sorted(c for c in Locale("en").territories if len(c) == 2 and c.isalpha() and c not in NOT_COUNTRIES)
+    return sorted(
+        c
+        for c in Locale("en").territories
+        if len(c) == 2 and c.isalpha() and c not in NOT_COUNTRIES
+    )
 
 
 def _country_lists() -> Iterator[Request]:
@@ -88,8 +123,11 @@ def _country_lists() -> Iterator[Request]:
         draw = _random("countries", code)
         for i in range(11):
             others = draw.sample([c for c in codes if c != code], 1 + i % 2)
-            yield Request("list", (("standard", "or")[draw.random() < 0.3], code, *others),
-                          " ".join(f"country:{c}" for c in (code, *others)))
+            yield Request(
+                "list",
+                (("standard", "or")[draw.random() < 0.3], code, *others),
+                " ".join(f"country:{c}" for c in (code, *others)),
+            )
 
 # %% ../../nbs/data/00_phrases.ipynb #63f5e5d4
 def _render(request: Request, locale: str) -> str | None:
@@ -101,12 +139,29 @@ def _render(request: Request, locale: str) -> str | None:
         return dates.format_date(values[0], kind, locale=locale)
     if kind in DATE_FORMS:
         return dates.format_skeleton(kind, values[0], locale=locale)
-    if kind == "time":                                   # a threshold that large keeps 45 days from becoming weeks
-        return dates.format_timedelta(values[1], granularity=values[0], threshold=1e9, add_direction=True, locale=locale)
+    if kind == "time":  # a threshold that large keeps 45 days from becoming weeks
+        return dates.format_timedelta(
+            values[1],
+            granularity=values[0],
+            threshold=1e9,
+            add_direction=True,
+            locale=locale,
+        )
     if kind == "list":
-        return lists.format_list([Locale.parse(locale).territories[c] for c in values[1:]], values[0], locale=locale)
+        return lists.format_list(
+            [Locale.parse(locale).territories[c] for c in values[1:]],
+            values[0],
+            locale=locale,
+        )
     if kind == "money":
-        return numbers.format_currency(values[0], values[1], "#,##0.##", locale, currency_digits=False, format_type="name")
+        return numbers.format_currency(
+            values[0],
+            values[1],
+            "#,##0.##",
+            locale,
+            currency_digits=False,
+            format_type="name",
+        )
     return _render_unit(*values, locale)
 
 
@@ -141,7 +196,20 @@ def cldr_pairs(source: str, target: str) -> Iterator[Pair]:
             yield Pair(a, b, request.group)
 
 # %% ../../nbs/data/00_phrases.ipynb #f9100e5f
-DATE_LOCALES = ("en", "en_GB", "fr", "de", "es", "it", "pt", "nl", "sv", "pl", "ru", "zh")
+DATE_LOCALES = (
+    "en",
+    "en_GB",
+    "fr",
+    "de",
+    "es",
+    "it",
+    "pt",
+    "nl",
+    "sv",
+    "pl",
+    "ru",
+    "zh",
+)
 
 
 def date_pairs() -> Iterator[Pair]:
@@ -153,4 +221,8 @@ def date_pairs() -> Iterator[Pair]:
         for day in draw.sample(range(36_525), 1_050):
             date = FIRST_DAY + datetime.timedelta(day)
             form = draw.choice(("full", "long", "medium"))
-            yield Pair(format_date(date, form, locale=locale), date.isoformat(), f"year:{date.year}")
+            yield Pair(
+                format_date(date, form, locale=locale),
+                date.isoformat(),
+                f"year:{date.year}",
+            )

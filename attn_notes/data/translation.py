@@ -23,10 +23,16 @@ from ..foundations.checks import ConfigError, InputError, check_choice
 
 # %% ../../nbs/data/03_translation.ipynb #0ed416c2
 SPLITS = ("train", "valid", "test")
-LANGUAGES = {                                             # name of a set -> language of the source, language of the target
-    "cldr-en-fr": ("en", "fr"), "cldr-en-de": ("en", "de"), "cldr-en-zh": ("en", "zh"), "dates-iso": ("mul", "iso"),
-    "gettext-en-fr": ("en", "fr"), "gettext-en-de": ("en", "de"), "gettext-en-zh": ("en", "zh"),
-    "wmt14-en-de": ("en", "de"), "wmt14-en-fr": ("en", "fr"),
+LANGUAGES = {  # name of a set -> language of the source, language of the target
+    "cldr-en-fr": ("en", "fr"),
+    "cldr-en-de": ("en", "de"),
+    "cldr-en-zh": ("en", "zh"),
+    "dates-iso": ("mul", "iso"),
+    "gettext-en-fr": ("en", "fr"),
+    "gettext-en-de": ("en", "de"),
+    "gettext-en-zh": ("en", "zh"),
+    "wmt14-en-de": ("en", "de"),
+    "wmt14-en-fr": ("en", "fr"),
 }
 
 
@@ -34,24 +40,38 @@ def check_translation_set(name: str) -> None:
     """`ConfigError` that names close matches unless `name` is one of `LANGUAGES`."""
     if name not in LANGUAGES:
         close = difflib.get_close_matches(str(name), LANGUAGES, 3) or LANGUAGES
-        raise ConfigError(f"no translation set {name!r}; did you mean {', '.join(close)}?")
+        raise ConfigError(
+            f"no translation set {name!r}; did you mean {', '.join(close)}?"
+        )
 
 # %% ../../nbs/data/03_translation.ipynb #1e41d497
 def _gettext(target: str) -> Iterator[Pair]:
     """What the menus of JupyterLab say, from its language pack: at most 12 words, no place-holders or markup, translated."""
     name = {"fr": "fr_FR", "de": "de_DE", "zh": "zh_CN"}[target]
-    folder = need(f"jupyterlab_language_pack_{name}", "data") / "locale" / name / "LC_MESSAGES"
+    folder = (
+        need(f"jupyterlab_language_pack_{name}", "data")
+        / "locale"
+        / name
+        / "LC_MESSAGES"
+    )
     for catalogue in sorted(folder.glob("*.json")):
         for source, targets in sorted(json.loads(catalogue.read_text("utf-8")).items()):
-            source = source.split("\x04")[-1]                        # a context may stand before the message
-            plain = source and targets[0] and not re.search(r"[%{}<>\\`]|\n.", source + targets[0])
+            source = source.split("\x04")[-1]  # a context may stand before the message
+            plain = (
+                source
+                and targets[0]
+                and not re.search(r"[%{}<>\\`]|\n.", source + targets[0])
+            )
             if plain and source != targets[0] and len(source.split()) <= 12:
                 yield Pair(source, targets[0], f"catalogue:{catalogue.stem}")
 
 # %% ../../nbs/data/03_translation.ipynb #835d82b5
 def fold(key: str) -> str:
     """The split of a key: 90% train, 5% valid, 5% test, by a hash of its text, so the same on every machine and in every run."""
-    share = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    share = (
+        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+        / 2**64
+    )
     return "test" if share < 0.05 else "valid" if share < 0.10 else "train"
 
 
@@ -67,7 +87,13 @@ def _split(pair: Pair, holdout: str) -> str:
 def _packaged(name: str) -> tuple[Pair, ...]:
     """All pairs of a set that comes with a package: normalised text, one translation for a source (the first)."""
     kind, (source, target) = name.split("-")[0], LANGUAGES[name]
-    raw = cldr_pairs(source, target) if kind == "cldr" else date_pairs() if kind == "dates" else _gettext(target)
+    raw = (
+        cldr_pairs(source, target)
+        if kind == "cldr"
+        else date_pairs()
+        if kind == "dates"
+        else _gettext(target)
+    )
     pairs = {}
     for pair in raw:
         text = normalise(pair.source)
@@ -75,8 +101,12 @@ def _packaged(name: str) -> tuple[Pair, ...]:
     return tuple(pairs.values())
 
 # %% ../../nbs/data/03_translation.ipynb #f3c8e9a7
-def translation_pairs(name: str = "cldr-en-fr", split: str = "train", holdout: str = "random",
-                      data_dir: str | Path | None = None) -> list[Pair]:
+def translation_pairs(
+    name: str = "cldr-en-fr",
+    split: str = "train",
+    holdout: str = "random",
+    data_dir: str | Path | None = None,
+) -> list[Pair]:
     """The pairs of one split of a set; the sets are the keys of `LANGUAGES`.
 
     holdout: "random" splits phrase by phrase; "unit" (cldr, dates) holds out whole units, currencies, countries, or years.
@@ -85,29 +115,47 @@ def translation_pairs(name: str = "cldr-en-fr", split: str = "train", holdout: s
     """
     check_translation_set(name)
     check_choice(SPLITS, split=split)
-    check_choice(("random", "unit") if name.startswith(("cldr", "dates")) else ("random",), holdout=holdout)
+    check_choice(
+        ("random", "unit") if name.startswith(("cldr", "dates")) else ("random",),
+        holdout=holdout,
+    )
     if name.startswith("wmt14"):
         return _wmt14(name, split, data_dir)
     if data_dir is not None:
-        raise ConfigError(f"{name} comes with an installed package and takes no data_dir; got {str(data_dir)!r}")
+        raise ConfigError(
+            f"{name} comes with an installed package and takes no data_dir; got {str(data_dir)!r}"
+        )
     return [pair for pair in _packaged(name) if _split(pair, holdout) == split]
 
 # %% ../../nbs/data/03_translation.ipynb #fe7a104c
-def join_phrases(pairs: Sequence[Pair], count: int, seed: int = 0, most: int = 4) -> list[Pair]:
+def join_phrases(
+    pairs: Sequence[Pair], count: int, seed: int = 0, most: int = 4
+) -> list[Pair]:
     """`count` distinct longer pairs, each of 1 to `most` pairs of one split drawn without repetition and written one after another."""
     if not 1 <= most <= len(pairs):
-        raise InputError(f"expected at least {most} pairs to join and most of at least 1, got {len(pairs)} pairs")
+        raise InputError(
+            f"expected at least {most} pairs to join and most of at least 1, got {len(pairs)} pairs"
+        )
     draw, joined = random.Random(seed), {}
     for _ in range(20 * count):
         if len(joined) == count:
             return list(joined.values())
         some = draw.sample(pairs, draw.randint(1, most))
-        pair = Pair(*(" ".join(getattr(p, side) for p in some) for side in ("source", "target", "group")))
+        pair = Pair(
+            *(
+                " ".join(getattr(p, side) for p in some)
+                for side in ("source", "target", "group")
+            )
+        )
         joined.setdefault(pair.source, pair)
-    raise InputError(f"expected enough pairs for {count} distinct joined ones, got {len(pairs)}")
+    raise InputError(
+        f"expected enough pairs for {count} distinct joined ones, got {len(pairs)}"
+    )
 
 # %% ../../nbs/data/03_translation.ipynb #f6db087a
-def nearest_neighbour_translate(pairs: Sequence[Pair], texts: Sequence[str], language: str = "en", chunk: int = 512) -> list[str]:
+def nearest_neighbour_translate(
+    pairs: Sequence[Pair], texts: Sequence[str], language: str = "en", chunk: int = 512
+) -> list[str]:
     """A baseline that only remembers: the translation of the known source that is closest to each text.
 
     Closeness is the cosine between TF-IDF vectors of tokens; the earlier pair wins a tie; `language` is that of the sources.
@@ -115,31 +163,56 @@ def nearest_neighbour_translate(pairs: Sequence[Pair], texts: Sequence[str], lan
     if not pairs:
         raise InputError("expected at least one known pair, got none")
     known = [tokenize(pair.source, language) for pair in pairs]
-    index = {token: i for i, token in enumerate(dict.fromkeys(token for tokens in known for token in tokens))}
+    index = {
+        token: i
+        for i, token in enumerate(
+            dict.fromkeys(token for tokens in known for token in tokens)
+        )
+    }
     matrix = _counts(known, index)
     frequency = torch.bincount(matrix.indices()[1], minlength=len(index))
     weight = torch.log((1 + len(pairs)) / (1 + frequency.double())) + 1
     matrix = _unit_rows(matrix, weight)
     found = []
     for start in range(0, len(texts), chunk):
-        queries = [tokenize(text, language) for text in texts[start:start + chunk]]
-        scores = torch.sparse.mm(matrix, _unit_rows(_counts(queries, index), weight).to_dense().T)
-        found += scores.mul(1e6).round().numpy().argmax(0).tolist()            # rounded: rows that tie, tie exactly
+        queries = [tokenize(text, language) for text in texts[start : start + chunk]]
+        scores = torch.sparse.mm(
+            matrix, _unit_rows(_counts(queries, index), weight).to_dense().T
+        )
+        found += (
+            scores.mul(1e6).round().numpy().argmax(0).tolist()
+        )  # rounded: rows that tie, tie exactly
     return [pairs[i].target for i in found]
 
 # %% ../../nbs/data/03_translation.ipynb #467d88c0
 def _counts(rows: Sequence[Sequence[str]], index: dict[str, int]) -> Tensor:
     """How often each known token stands in each row: a sparse matrix (rows, tokens)."""
-    places = [(i, index[token]) for i, row in enumerate(rows) for token in row if token in index]
+    places = [
+        (i, index[token])
+        for i, row in enumerate(rows)
+        for token in row
+        if token in index
+    ]
     places = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T
-    return torch.sparse_coo_tensor(places, torch.ones(places.shape[1], dtype=torch.double), (len(rows), len(index)), check_invariants=False).coalesce()
+    return torch.sparse_coo_tensor(
+        places,
+        torch.ones(places.shape[1], dtype=torch.double),
+        (len(rows), len(index)),
+        check_invariants=False,
+    ).coalesce()
 
 
 def _unit_rows(matrix: Tensor, weight: Tensor) -> Tensor:
     """Columns times their weight, then every row divided by its length."""
     places, values = matrix.indices(), matrix.values() * weight[matrix.indices()[1]]
-    length = torch.zeros(matrix.shape[0], dtype=torch.double).index_add_(0, places[0], values**2).sqrt()
-    return torch.sparse_coo_tensor(places, values / length[places[0]], matrix.shape, check_invariants=False).coalesce()
+    length = (
+        torch.zeros(matrix.shape[0], dtype=torch.double)
+        .index_add_(0, places[0], values**2)
+        .sqrt()
+    )
+    return torch.sparse_coo_tensor(
+        places, values / length[places[0]], matrix.shape, check_invariants=False
+    ).coalesce()
 
 # %% ../../nbs/data/03_translation.ipynb #3ad87300
 PARQUET_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
@@ -149,12 +222,19 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
     """The shards of a split of a Hugging Face data set, `train-00000-of-00003.parquet` and so on; `InputError` if one is missing."""
     files = sorted(folder.glob(f"{PARQUET_SPLITS[split]}-*-of-*.parquet"))
     if not files:
-        raise InputError(f"expected {PARQUET_SPLITS[split]}-*.parquet in {folder}, found none")
+        raise InputError(
+            f"expected {PARQUET_SPLITS[split]}-*.parquet in {folder}, found none"
+        )
     count = int(files[0].stem.rsplit("-", 1)[1])
-    wanted = [folder / f"{PARQUET_SPLITS[split]}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
+    wanted = [
+        folder / f"{PARQUET_SPLITS[split]}-{i:05d}-of-{count:05d}.parquet"
+        for i in range(count)
+    ]
     missing = [path.name for path in wanted if path not in files]
     if missing:
-        raise InputError(f"expected {count} shards of {split} in {folder}, missing {', '.join(missing)}")
+        raise InputError(
+            f"expected {count} shards of {split} in {folder}, missing {', '.join(missing)}"
+        )
     return wanted
 
 # %% ../../nbs/data/03_translation.ipynb #b4ba705a
@@ -162,42 +242,68 @@ def _wmt14(name: str, split: str, data_dir: str | Path | None) -> list[Pair]:
     """WMT14 from a folder: the Hugging Face set wmt/wmt14 (de-en/*.parquet), or train/valid/test.en and .de, a sentence a line."""
     source, target = LANGUAGES[name]
     if data_dir is None or not Path(data_dir).is_dir():
-        raise InputError(f"{name} needs data_dir, a folder with {target}-en/*.parquet or train.{source}, train.{target}, ...; "
-                         f"got {data_dir if data_dir is None else str(data_dir)!r}")
+        raise InputError(
+            f"{name} needs data_dir, a folder with {target}-en/*.parquet or train.{source}, train.{target}, ...; "
+            f"got {data_dir if data_dir is None else str(data_dir)!r}"
+        )
     folder = Path(data_dir)
     nested = folder / f"{target}-en"
     folder = nested if nested.is_dir() else folder
     if any(folder.glob("*.parquet")):
-        files = {s: _parquet_files(folder, s) for s in SPLITS}          # all splits are looked for before one is read
+        files = {
+            s: _parquet_files(folder, s) for s in SPLITS
+        }  # all splits are looked for before one is read
         rows = _read_parquet(files[split], source, target)
     else:
-        missing = [f"{s}.{x}" for s in SPLITS for x in (source, target) if not (folder / f"{s}.{x}").is_file()]
+        missing = [
+            f"{s}.{x}"
+            for s in SPLITS
+            for x in (source, target)
+            if not (folder / f"{s}.{x}").is_file()
+        ]
         if missing:
-            raise InputError(f"expected *.parquet or plain text files in {folder}, missing {', '.join(missing)}")
-        rows = _read_parallel(folder / f"{split}.{source}", folder / f"{split}.{target}")
+            raise InputError(
+                f"expected *.parquet or plain text files in {folder}, missing {', '.join(missing)}"
+            )
+        rows = _read_parallel(
+            folder / f"{split}.{source}", folder / f"{split}.{target}"
+        )
     pairs = [Pair(normalise(a), normalise(b)) for a, b in rows]
     return [pair for pair in pairs if pair.source and pair.target]
 
 # %% ../../nbs/data/03_translation.ipynb #61ce63bd
-def _read_parquet(files: Sequence[Path], source: str, target: str) -> Iterator[tuple[str, str]]:
+def _read_parquet(
+    files: Sequence[Path], source: str, target: str
+) -> Iterator[tuple[str, str]]:
     """Sentences from the column `translation` of parquet files, read in a stream: nothing is copied to a cache."""
     need("datasets", "data")
     from datasets import load_dataset
 
     try:
-        rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=True)
+        rows = load_dataset(
+            "parquet", data_files=[str(f) for f in files], split="train", streaming=True
+        )
         for row in rows:
             both = row.get("translation")
             if not isinstance(both, dict) or not {source, target} <= set(both):
-                raise InputError(f"expected a column translation with {source!r} and {target!r}, got columns {sorted(row)}")
+                raise InputError(
+                    f"expected a column translation with {source!r} and {target!r}, got columns {sorted(row)}"
+                )
             yield both[source] or "", both[target] or ""
-    except ValueError as error:                          # pyarrow's complaint about a broken file is one too
-        raise InputError(f"{files[0].name} in {files[0].parent} can not be read: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # pyarrow's complaint about a broken file is one too
+        raise InputError(
+            f"{files[0].name} in {files[0].parent} can not be read: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _read_parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
     """Sentences from two text files with a sentence a line; the `@@ ` that subword-nmt leaves inside words is taken out."""
-    a, b = (path.read_text("utf-8").replace("@@ ", "").removesuffix("\n").split("\n") for path in (source, target))
+    a, b = (
+        path.read_text("utf-8").replace("@@ ", "").removesuffix("\n").split("\n")
+        for path in (source, target)
+    )
     if len(a) != len(b):
-        raise InputError(f"expected as many lines in {source} as in {target}, got {len(a)} and {len(b)}")
+        raise InputError(
+            f"expected as many lines in {source} as in {target}, got {len(a)} and {len(b)}"
+        )
     yield from zip(a, b)

@@ -23,12 +23,14 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 # %% ../../nbs/data/01_vocabulary.ipynb #e012cdd3
-CJK = "\u2e80-\u9fff\uf900-\ufaff"                        # Han, kana and their punctuation: written without spaces
-PIECE = re.compile(rf" |\d|[{CJK}]|[^\W\d_{CJK}]+|.")     # a space, a digit, a character, a run of letters, any other sign
+CJK = "\u2e80-\u9fff\uf900-\ufaff"  # Han, kana and their punctuation: written without spaces
+PIECE = re.compile(
+    rf" |\d|[{CJK}]|[^\W\d_{CJK}]+|."
+)  # a space, a digit, a character, a run of letters, any other sign
 
 # %% ../../nbs/data/01_vocabulary.ipynb #b5c7f9cc
-UNSPACED = ("zh", "ja", "iso")                            # languages whose tokens stand together by default
-GLUE, SPACE = "\u203f", "\u2581"                          # ‿ no space before this token; ▁ a space before it
+UNSPACED = ("zh", "ja", "iso")  # languages whose tokens stand together by default
+GLUE, SPACE = "\u203f", "\u2581"  # ‿ no space before this token; ▁ a space before it
 
 
 def tokenize(text: str, language: str = "en") -> list[str]:
@@ -42,7 +44,11 @@ def tokenize(text: str, language: str = "en") -> list[str]:
         if piece == " ":
             spaced = True
             continue
-        mark = (SPACE if spaced else "") if language in UNSPACED else ("" if spaced else GLUE)
+        mark = (
+            (SPACE if spaced else "")
+            if language in UNSPACED
+            else ("" if spaced else GLUE)
+        )
         tokens.append(mark + piece if tokens else piece)
         spaced = False
     return tokens
@@ -75,7 +81,9 @@ class Vocabulary:
         self.index = {token: i for i, token in enumerate(self.tokens)}
         if len(self.index) != len(self.tokens):
             twice = sorted(token for token, n in Counter(self.tokens).items() if n > 1)
-            raise ConfigError(f"expected distinct tokens, got {twice[:5]} more than once")
+            raise ConfigError(
+                f"expected distinct tokens, got {twice[:5]} more than once"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,14 +98,26 @@ class Vocabulary:
 def _commonest(counts: Counter, max_size: int | None, min_count: int = 1) -> list[str]:
     """The tokens of a vocabulary: the commonest first, ties in alphabetical order."""
     if max_size is not None and max_size < 5 or min_count < 1:
-        raise ConfigError(f"expected max_size of at least 5 and min_count of at least 1, got {max_size} and {min_count}")
+        raise ConfigError(
+            f"expected max_size of at least 5 and min_count of at least 1, got {max_size} and {min_count}"
+        )
     ranked = sorted(counts, key=lambda token: (-counts[token], token))
-    kept = [token for token in ranked if counts[token] >= min_count and token not in (PAD, BOS, EOS, UNK)]
-    return kept[:max_size - 4] if max_size else kept
+    kept = [
+        token
+        for token in ranked
+        if counts[token] >= min_count and token not in (PAD, BOS, EOS, UNK)
+    ]
+    return kept[: max_size - 4] if max_size else kept
 
 
 @patch_to(Vocabulary, cls_method=True)
-def build(cls, texts: Iterable[str], language: str = "en", max_size: int | None = None, min_count: int = 1):
+def build(
+    cls,
+    texts: Iterable[str],
+    language: str = "en",
+    max_size: int | None = None,
+    min_count: int = 1,
+):
     """The vocabulary of some texts: the commonest tokens first, ties in alphabetical order.
 
     Keeps tokens seen at least `min_count` times, and at most `max_size` entries, the four special ones included.
@@ -138,9 +158,19 @@ def decode(self: Vocabulary, ids: Iterable[int]) -> str:
 
 # %% ../../nbs/data/01_vocabulary.ipynb #d7c35710
 @patch_to(Vocabulary, cls_method=True)
-def build_joint(cls, sides: Sequence[Iterable[str]], languages: Sequence[str], max_size: int | None = None) -> list:
+def build_joint(
+    cls,
+    sides: Sequence[Iterable[str]],
+    languages: Sequence[str],
+    max_size: int | None = None,
+) -> list:
     """One vocabulary of texts in several languages, for each of them: the same tokens, the commonest over all sides first."""
-    counts = Counter(token for side, language in zip(sides, languages, strict=True) for text in side for token in tokenize(text, language))
+    counts = Counter(
+        token
+        for side, language in zip(sides, languages, strict=True)
+        for text in side
+        for token in tokenize(text, language)
+    )
     tokens = _commonest(counts, max_size)
     return [cls(tokens, language) for language in languages]
 
@@ -161,11 +191,13 @@ def need(package: str, extra: str) -> Path:
     """The folder of an installed package; `ConfigError` naming the extra that brings it when it is absent."""
     found = find_spec(package)
     if found is None:
-        raise ConfigError(f"this needs the package {package}, which is not installed: pip install 'attn_notes[{extra}]'")
+        raise ConfigError(
+            f"this needs the package {package}, which is not installed: pip install 'attn_notes[{extra}]'"
+        )
     return Path(found.submodule_search_locations[0])
 
 # %% ../../nbs/data/01_vocabulary.ipynb #b89ddf31
-BPE_PIECE = rf" ?(\d|[{CJK}]|[^\W\d_{CJK}]+|.)"         # as PIECE, with the space before it
+BPE_PIECE = rf" ?(\d|[{CJK}]|[^\W\d_{CJK}]+|.)"  # as PIECE, with the space before it
 
 
 def _tokenizer(**model):
@@ -183,12 +215,23 @@ class Subwords(Vocabulary):
 
     `decode(encode(text)) == normalise(text)` for every text of known characters. Raises `ConfigError` for merges of other pieces."""
 
-    def __init__(self, tokens: Sequence[str], merges: Sequence[Sequence[str]], language: str = "en"):
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        merges: Sequence[Sequence[str]],
+        language: str = "en",
+    ):
         super().__init__(tokens, language)
         self.merges = [tuple(pair) for pair in merges]
-        strange = [pair for pair in self.merges if len(pair) != 2 or not self.index.keys() >= {*pair, "".join(pair)}]
+        strange = [
+            pair
+            for pair in self.merges
+            if len(pair) != 2 or not self.index.keys() >= {*pair, "".join(pair)}
+        ]
         if strange:
-            raise ConfigError(f"expected merges of two tokens to one, got {strange[:3]}")
+            raise ConfigError(
+                f"expected merges of two tokens to one, got {strange[:3]}"
+            )
         self.tokenizer = _tokenizer(vocab=self.index, merges=self.merges)
 
     def encode(self, text: str) -> list[int]:
@@ -216,17 +259,29 @@ def to_dict(self: Subwords) -> dict:
 
 # %% ../../nbs/data/01_vocabulary.ipynb #e28c2d43
 @patch_to(Subwords, cls_method=True)
-def build_joint(cls, sides: Sequence[Iterable[str]], languages: Sequence[str], max_size: int = 32_000) -> list:
+def build_joint(
+    cls,
+    sides: Sequence[Iterable[str]],
+    languages: Sequence[str],
+    max_size: int = 32_000,
+) -> list:
     """One vocabulary of texts in several languages, for each of them: every character, and merges until there are `max_size` tokens."""
     if max_size < 5:
         raise ConfigError(f"expected max_size of at least 5, got {max_size}")
     made = _tokenizer()
     from tokenizers.trainers import BpeTrainer
 
-    trainer = BpeTrainer(vocab_size=max_size, special_tokens=[PAD, BOS, EOS, UNK], show_progress=False)
-    made.train_from_iterator((" " + normalise(text) for side in sides for text in side), trainer)
+    trainer = BpeTrainer(
+        vocab_size=max_size, special_tokens=[PAD, BOS, EOS, UNK], show_progress=False
+    )
+    made.train_from_iterator(
+        (" " + normalise(text) for side in sides for text in side), trainer
+    )
     number, merges = made.get_vocab(), json.loads(made.to_str())["model"]["merges"]
-    return [cls(sorted(number, key=number.get)[4:], merges, language) for language in languages]
+    return [
+        cls(sorted(number, key=number.get)[4:], merges, language)
+        for language in languages
+    ]
 
 
 @patch_to(Subwords, cls_method=True)

@@ -16,52 +16,67 @@ from torch import Tensor, nn
 
 from .cache import KeyValueCache
 from attn_notes.foundations.checks import (
-    InputError, check_divides, check_features, check_probability,
+    InputError,
+    check_divides,
+    check_features,
+    check_probability,
 )
 from .masks import causal_mask, expand_mask
 
 # %% ../../nbs/foundations/01_attention.ipynb #4bfe2717
-def attention_weights(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
-                      mask: Bool[Tensor, "..."] | None = None,
-                      scale: float | None = None) -> Float[Tensor, "b h n m"]:
+def attention_weights(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    mask: Bool[Tensor, "..."] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "b h n m"]:
     """The weights A of softmax attention, eq. (eq-attention-mask): softmax over the
     keys of q k^T * scale (default 1 / sqrt(d)). `mask` is True where attention is
     allowed: (b m), (b n m) or (b h n m). A row that hides everything is all zeros."""
-    scores = (q @ k.transpose(-2, -1)
-              * (q.shape[-1] ** -0.5 if scale is None else scale))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is None:
         return scores.softmax(-1)
     hidden = ~expand_mask(mask)
-    return (scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
-            .masked_fill(hidden, 0))
+    return (
+        scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        .softmax(-1)
+        .masked_fill(hidden, 0)
+    )
 
 # %% ../../nbs/foundations/01_attention.ipynb #9a1f1b9b
-def attention_naive(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
-                    v: Float[Tensor, "b h m c"],
-                    mask: Bool[Tensor, "..."] | None = None,
-                    scale: float | None = None,
-                    ) -> tuple[Float[Tensor, "b h n c"], Float[Tensor, "b h n m"]]:
+def attention_naive(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m c"],
+    mask: Bool[Tensor, "..."] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "b h n c"], Float[Tensor, "b h n m"]]:
     """Softmax attention as it is written, eq. (eq-attention): the outputs (b h n c)
     and the weights (b h n m)."""
     weights = attention_weights(q, k, mask, scale)
     return weights @ v, weights
 
 # %% ../../nbs/foundations/01_attention.ipynb #a618dd9c
-def _allowed(q: Tensor, k: Tensor, mask: Tensor | None,
-             is_causal: bool) -> Tensor | None:
+def _allowed(
+    q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
     """The mask that broadcasts to (b h n m), the causal one included; None when
     nothing is hidden."""
     n, m = q.shape[-2], k.shape[-2]
     if is_causal and n > m:
-        raise InputError("is_causal: expected at least as many keys as queries; "
-                         f"got {m} keys and {n} queries")
+        raise InputError(
+            "is_causal: expected at least as many keys as queries; "
+            f"got {m} keys and {n} queries"
+        )
     if mask is not None:
         mask, shape = expand_mask(mask), (*q.shape[:3], m)
         fits = all(have in (1, want) for have, want in zip(mask.shape, shape))
         if not fits or mask.shape[-1] != m:
-            raise InputError("mask: expected one that fits scores (b, h, n, m) of "
-                             f"shape {shape}; got {tuple(mask.shape)}")
-    if not is_causal or n == 1:          # one query is the last place, and may see all
+            raise InputError(
+                "mask: expected one that fits scores (b, h, n, m) of "
+                f"shape {shape}; got {tuple(mask.shape)}"
+            )
+    if not is_causal or n == 1:  # one query is the last place, and may see all
         return mask
     seen = expand_mask(causal_mask(n, q.device, past=m - n), pairs=True)
     return seen if mask is None else mask & seen
@@ -79,16 +94,23 @@ class Attend(nn.Module):
         check_probability(dropout=dropout)
         self.dropout = dropout
 
-    def weights(self, q: Tensor, k: Tensor,
-                mask: Tensor | None = None) -> Float[Tensor, "b h n m"]:
+    def weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None = None
+    ) -> Float[Tensor, "b h n m"]:
         """The weight of every key for every query, zero where `mask`, which broadcasts
         to (b h n m), hides it."""
         raise NotImplementedError(
-            f"{type(self).__name__} does not say how its weights come about")
+            f"{type(self).__name__} does not say how its weights come about"
+        )
 
-    def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m e"],
-                v: Float[Tensor, "b h m c"], mask: Bool[Tensor, "..."] | None = None,
-                is_causal: bool = False) -> Float[Tensor, "b h n c"]:
+    def forward(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m e"],
+        v: Float[Tensor, "b h m c"],
+        mask: Bool[Tensor, "..."] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "b h n c"]:
         """Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the
         keys after the query; the queries are the last places."""
         weights = self.weights(q, k, _allowed(q, k, mask, is_causal))
@@ -101,21 +123,32 @@ class DotProductAttend(Attend):
     """Softmax attention of scaled dot products, through torch's fused kernel; the
     readable form, equal to it, while recorded."""
 
-    def weights(self, q: Tensor, k: Tensor,
-                mask: Tensor | None = None) -> Float[Tensor, "b h n m"]:
+    def weights(
+        self, q: Tensor, k: Tensor, mask: Tensor | None = None
+    ) -> Float[Tensor, "b h n m"]:
         return attention_weights(q, k, mask)
 
-    def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
-                v: Float[Tensor, "b h m c"], mask: Bool[Tensor, "..."] | None = None,
-                is_causal: bool = False) -> Float[Tensor, "b h n c"]:
+    def forward(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        v: Float[Tensor, "b h m c"],
+        mask: Bool[Tensor, "..."] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "b h n c"]:
         """Outputs (b h n c). `mask` as in `attention_weights`; `is_causal` hides the
         keys after the query; the queries are the last places."""
         if self.record is not None:
             return super().forward(q, k, v, mask, is_causal)
         only_causal = bool(is_causal and mask is None and q.shape[-2] == k.shape[-2])
         return F.scaled_dot_product_attention(
-            q, k, v, None if only_causal else _allowed(q, k, mask, is_causal),
-            dropout_p=self.dropout if self.training else 0.0, is_causal=only_causal)
+            q,
+            k,
+            v,
+            None if only_causal else _allowed(q, k, mask, is_causal),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=only_causal,
+        )
 
 # %% ../../nbs/foundations/01_attention.ipynb #504754ea
 class MultiHeadAttention(nn.Module):
@@ -123,14 +156,18 @@ class MultiHeadAttention(nn.Module):
     torch.nn.MultiheadAttention(hidden_size, num_attention_heads). `ConfigError` unless
     the heads divide the width."""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int,
-                 dropout: float = 0.0, bias: bool = True) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         check_divides(num_attention_heads, hidden_size)
         self.hidden_size, self.num_attention_heads = hidden_size, num_attention_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.in_proj_bias = (nn.Parameter(torch.zeros(3 * hidden_size)) if bias
-                             else None)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size)) if bias else None
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.attend = DotProductAttend(dropout)
         nn.init.xavier_uniform_(self.in_proj_weight)
@@ -142,8 +179,9 @@ class MultiHeadAttention(nn.Module):
 
 # %% ../../nbs/foundations/01_attention.ipynb #49f2e27f
 @patch
-def project(self: MultiHeadAttention, x: Float[Tensor, "b n d"], start: int = 0,
-            stop: int = 3) -> Float[Tensor, "s b h n c"]:
+def project(
+    self: MultiHeadAttention, x: Float[Tensor, "b n d"], start: int = 0, stop: int = 3
+) -> Float[Tensor, "s b h n c"]:
     """Projections start ... stop of (queries, keys, values) of `x`, cut into heads:
     (stop - start, b, h, n, d / h), views of one product."""
     d, h = self.hidden_size, self.num_attention_heads
@@ -154,29 +192,42 @@ def project(self: MultiHeadAttention, x: Float[Tensor, "b n d"], start: int = 0,
 
 # %% ../../nbs/foundations/01_attention.ipynb #a5af85fc
 @patch
-def look_up(self: MultiHeadAttention, q: Float[Tensor, "r h n c"],
-            memory: Float[Tensor, "2 b h m c"],
-            mask: Bool[Tensor, "..."] | None = None) -> Float[Tensor, "r h n c"]:
+def look_up(
+    self: MultiHeadAttention,
+    q: Float[Tensor, "r h n c"],
+    memory: Float[Tensor, "2 b h m c"],
+    mask: Bool[Tensor, "..."] | None = None,
+) -> Float[Tensor, "r h n c"]:
     """What the queries of r = B b rows find in b rows of projected keys and values; B
     consecutive rows of q share one of them. `mask` (b m) is True on the keys that may
     be seen."""
     k, v = memory.unbind(0)
     r, h, n, c = q.shape
     if len(k) == 0 or r % len(k):
-        raise InputError(f"memory: expected a number of rows that divides {r}, "
-                         f"the rows of x; got {len(k)}")
+        raise InputError(
+            f"memory: expected a number of rows that divides {r}, "
+            f"the rows of x; got {len(k)}"
+        )
     if r == len(k):
         return self.attend(q, k, v, mask)
-    folded = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)     # b h Bn c
-    return (self.attend(folded, k, v, mask).unflatten(2, (-1, n)).transpose(1, 2)
-            .flatten(0, 1))
+    folded = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)  # b h Bn c
+    return (
+        self.attend(folded, k, v, mask)
+        .unflatten(2, (-1, n))
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
 
 # %% ../../nbs/foundations/01_attention.ipynb #1539d2b0
 @patch
-def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
-            memory: Float[Tensor, "b m d"] | Float[Tensor, "2 b h m c"] | None = None,
-            mask: Bool[Tensor, "..."] | None = None, is_causal: bool = False,
-            cache: KeyValueCache | None = None) -> Float[Tensor, "r n d"]:
+def forward(
+    self: MultiHeadAttention,
+    x: Float[Tensor, "r n d"],
+    memory: Float[Tensor, "b m d"] | Float[Tensor, "2 b h m c"] | None = None,
+    mask: Bool[Tensor, "..."] | None = None,
+    is_causal: bool = False,
+    cache: KeyValueCache | None = None,
+) -> Float[Tensor, "r n d"]:
     """Attention from `x` to itself, or to `memory` when given: (b n d). `mask` is True
     where allowed: (b m), (b n m) or (b h n m); `is_causal` hides the keys after the
     query. `memory` is (b m d), or its keys and values as `project(memory, 1, 3)` gives
@@ -184,8 +235,10 @@ def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
     added. `InputError` for either beside a memory."""
     check_features(x, self.hidden_size, "x")
     if memory is not None and (is_causal or cache is not None):
-        raise InputError("memory: expected without is_causal and cache, which are for "
-                         "self-attention; got it with one of them")
+        raise InputError(
+            "memory: expected without is_causal and cache, which are for "
+            "self-attention; got it with one of them"
+        )
     if memory is None:
         q, k, v = self.project(x).unbind(0)
         k, v = (k, v) if cache is None else cache.append(k, v)
@@ -195,10 +248,12 @@ def forward(self: MultiHeadAttention, x: Float[Tensor, "r n d"],
     else:
         check_features(memory, self.hidden_size, "memory")
         if len(memory) != len(x):
-            raise InputError("memory: expected as many rows as x has, "
-                             f"{len(x)}; got {len(memory)}")
-        output = self.attend(self.project(x, 0, 1)[0], *self.project(memory, 1, 3),
-                             mask)
+            raise InputError(
+                f"memory: expected as many rows as x has, {len(x)}; got {len(memory)}"
+            )
+        output = self.attend(
+            self.project(x, 0, 1)[0], *self.project(memory, 1, 3), mask
+        )
     return self.out_proj(output.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/foundations/01_attention.ipynb #4f2299d3
@@ -208,12 +263,15 @@ def _append(old: Tensor | None, new: Tensor) -> Tensor:
     if old is None:
         return new
     if old.shape[:2] != new.shape[:2]:
-        raise InputError("record_attention: the batch or the heads changed between "
-                         f"two steps of one call, from {tuple(old.shape[:2])} "
-                         f"to {tuple(new.shape[:2])}")
+        raise InputError(
+            "record_attention: the batch or the heads changed between "
+            f"two steps of one call, from {tuple(old.shape[:2])} "
+            f"to {tuple(new.shape[:2])}"
+        )
     keys = max(old.shape[-1], new.shape[-1])
-    return torch.cat([F.pad(part, (0, keys - part.shape[-1])) for part in (old, new)],
-                     dim=-2)
+    return torch.cat(
+        [F.pad(part, (0, keys - part.shape[-1])) for part in (old, new)], dim=-2
+    )
 
 # %% ../../nbs/foundations/01_attention.ipynb #2358a4b4
 @contextmanager
@@ -232,6 +290,7 @@ def _outermost(model: nn.Module, start: Callable[[], None]) -> Iterator[None]:
                 return function(*args, **kwargs)
             finally:
                 inside.pop()
+
         return call
 
     names = [name for name in ("forward", "generate") if hasattr(model, name)]
@@ -246,8 +305,7 @@ def _outermost(model: nn.Module, start: Callable[[], None]) -> Iterator[None]:
 
 # %% ../../nbs/foundations/01_attention.ipynb #c6eba94f
 @contextmanager
-def record_attention(
-        model: nn.Module) -> Iterator[dict[str, Float[Tensor, "b h n m"]]]:
+def record_attention(model: nn.Module) -> Iterator[dict[str, Float[Tensor, "b h n m"]]]:
     """Record the attention weights of `model`: a dict from the path of every `Attend`
     inside it to its weights (b h n m), detached, without dropout.
 
@@ -257,8 +315,11 @@ def record_attention(
     one sentence; where the slots share a memory, its row has their queries one after
     another, for every step."""
     maps: dict[str, Tensor] = {}
-    attends = {name: module for name, module in model.named_modules()
-               if isinstance(module, Attend)}
+    attends = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Attend)
+    }
     before = {name: module.record for name, module in attends.items()}
 
     def keep(name: str, weights: Tensor) -> None:

@@ -11,15 +11,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .attention import MultiHeadAttention
-from .checks import check_choice, check_features, check_positive, check_probability
+from attn_notes.foundations.checks import (
+    check_choice,
+    check_features,
+    check_positive,
+    check_probability,
+)
 
 # %% ../../nbs/foundations/04_blocks.ipynb #5e647bd2
 class FeedForward(nn.Module):
     """Two linear layers with `activation` ('relu' or 'gelu') between them,
     eq. (eq-ffn), and dropout behind the activation."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int,
-                 activation: str = "relu", dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "relu",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
         check_choice(("relu", "gelu"), activation=activation)
@@ -46,8 +56,9 @@ class DropPath(nn.Module):
     def forward(self, x: Float[Tensor, "b *n"]) -> Float[Tensor, "b *n"]:
         if not self.training or self.p == 0:
             return x
-        kept = torch.empty(len(x), *[1] * (x.ndim - 1), device=x.device,
-                           dtype=x.dtype).bernoulli_(1 - self.p)
+        kept = torch.empty(
+            len(x), *[1] * (x.ndim - 1), device=x.device, dtype=x.dtype
+        ).bernoulli_(1 - self.p)
         return x * kept / (1 - self.p)
 
     def extra_repr(self) -> str:
@@ -59,9 +70,14 @@ class Residual(nn.Module):
     pre-norm, eq. (eq-pre-norm). `dropout` acts on the sub-layer's output, `drop_path`
     leaves it out for a whole sample."""
 
-    def __init__(self, hidden_size: int, dropout: float = 0.0,
-                 norm_first: bool = False, eps: float = 1e-5,
-                 drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        dropout: float = 0.0,
+        norm_first: bool = False,
+        eps: float = 1e-5,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size)
         check_probability(dropout=dropout)
@@ -69,8 +85,9 @@ class Residual(nn.Module):
         self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         self.norm_first = norm_first
 
-    def forward(self, x: Float[Tensor, "b n d"],
-                sublayer: Callable[[Tensor], Tensor]) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n d"], sublayer: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "b n d"]:
         "`x` (b n d) with the sub-layer's answer added."
         if self.norm_first:
             return x + self.drop_path(self.dropout(sublayer(self.norm(x))))
@@ -81,26 +98,38 @@ class EncoderBlock(nn.Module):
     """Self-attention and feed-forward, each in a `Residual`. `dropout` acts on what
     the two add to the path, `attention_dropout` on the weights."""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int,
-                 intermediate_size: int, dropout: float = 0.0,
-                 attention_dropout: float = 0.0, attention_bias: bool = True,
-                 activation: str = "relu", norm_first: bool = False,
-                 eps: float = 1e-5,
-                 drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        attention_bias: bool = True,
+        activation: str = "relu",
+        norm_first: bool = False,
+        eps: float = 1e-5,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(hidden_size, num_attention_heads,
-                                            attention_dropout, attention_bias)
+        self.attention = MultiHeadAttention(
+            hidden_size, num_attention_heads, attention_dropout, attention_bias
+        )
         self.feed_forward = FeedForward(hidden_size, intermediate_size, activation)
-        self.attention_path = Residual(hidden_size, dropout, norm_first, eps,
-                                       drop_path)
-        self.feed_forward_path = Residual(hidden_size, dropout, norm_first, eps,
-                                          drop_path)
+        self.attention_path = Residual(hidden_size, dropout, norm_first, eps, drop_path)
+        self.feed_forward_path = Residual(
+            hidden_size, dropout, norm_first, eps, drop_path
+        )
 
-    def forward(self, x: Float[Tensor, "b n d"],
-                mask: Bool[Tensor, "..."] | None = None,
-                is_causal: bool = False) -> Float[Tensor, "b n d"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "..."] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "b n d"]:
         "(b n d) to (b n d). `mask` and `is_causal` as in `MultiHeadAttention`."
         check_features(x, self.attention.hidden_size, "x")
         x = self.attention_path(
-            x, lambda y: self.attention(y, mask=mask, is_causal=is_causal))
+            x, lambda y: self.attention(y, mask=mask, is_causal=is_causal)
+        )
         return self.feed_forward_path(x, self.feed_forward)

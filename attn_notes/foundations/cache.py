@@ -13,8 +13,12 @@ from torch import Tensor
 from .checks import InputError
 
 # %% ../../nbs/foundations/07_cache.ipynb #88c1f1f7
-def _room(old: Float[Tensor, "b h t c"] | None, like: Float[Tensor, "b h n c"],
-          length: int, capacity: int) -> Tensor:
+def _room(
+    old: Float[Tensor, "b h t c"] | None,
+    like: Float[Tensor, "b h n c"],
+    length: int,
+    capacity: int,
+) -> Tensor:
     "An empty (b h capacity c), with the first `length` places of `old` in it."
     b, h, _, c = like.shape
     new = like.new_empty(b, h, capacity, c)
@@ -33,21 +37,25 @@ class KeyValueCache:
     values: Tensor | None = None
     length: int = 0
 
-    def append(self, k: Float[Tensor, "b h n c"],
-               v: Float[Tensor, "b h n c"]) -> tuple[Tensor, Tensor]:
+    def append(
+        self, k: Float[Tensor, "b h n c"], v: Float[Tensor, "b h n c"]
+    ) -> tuple[Tensor, Tensor]:
         """Add n words; the keys and values (b h length c) of all words so far, as
         views. `InputError` for another batch or head size."""
         end = self.length + k.shape[2]
-        if (self.keys is not None and
-                (self.keys.shape[:2], self.keys.shape[3])
-                != (k.shape[:2], k.shape[3])):
+        if self.keys is not None and (self.keys.shape[:2], self.keys.shape[3]) != (
+            k.shape[:2],
+            k.shape[3],
+        ):
             shape, found = tuple(self.keys[:, :, : self.length].shape), tuple(k.shape)
-            raise InputError(f"cache: expected keys (b h n c) that go on from {shape};"
-                             f" got {found}")
+            raise InputError(
+                f"cache: expected keys (b h n c) that go on from {shape}; got {found}"
+            )
         if self.keys is None or end > self.keys.shape[2]:
             capacity = end + max(4, end // 4)
-            self.keys, self.values = (_room(old, k, self.length, capacity)
-                                      for old in (self.keys, self.values))
+            self.keys, self.values = (
+                _room(old, k, self.length, capacity) for old in (self.keys, self.values)
+            )
         self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]

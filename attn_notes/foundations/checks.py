@@ -39,60 +39,100 @@ def _came(x: Any) -> str:
 # %% ../../nbs/foundations/00_checks.ipynb #906c8b64
 def check_ids(ids: Tensor, name: str = "source") -> None:
     "`InputError` unless `ids` is a non-empty integer tensor (b n). Reads no data."
-    whole = isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    whole = isinstance(ids, Tensor) and not (
+        ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    )
     if not whole or ids.ndim != 2:
-        raise InputError(f"{name}: expected token ids, whole numbers of shape (b, n); got {_came(ids)}")
+        raise InputError(
+            f"{name}: expected token ids, whole numbers of shape (b, n); got {_came(ids)}"
+        )
     if 0 in ids.shape:
-        raise InputError(f"{name}: expected at least one row and one token; got {_came(ids)}")
+        raise InputError(
+            f"{name}: expected at least one row and one token; got {_came(ids)}"
+        )
 
 
 def check_features(x: Tensor, width: int, name: str = "x") -> None:
     "`InputError` unless `x` is a non-empty floating-point tensor (b n width). Reads no data."
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 3 or x.shape[-1] != width:
-        raise InputError(f"{name}: expected features, floating point of shape (b, n, {width}); got {_came(x)}")
+    if (
+        not isinstance(x, Tensor)
+        or not x.is_floating_point()
+        or x.ndim != 3
+        or x.shape[-1] != width
+    ):
+        raise InputError(
+            f"{name}: expected features, floating point of shape (b, n, {width}); got {_came(x)}"
+        )
     if 0 in x.shape:
-        raise InputError(f"{name}: expected at least one row and one token; got {_came(x)}")
+        raise InputError(
+            f"{name}: expected at least one row and one token; got {_came(x)}"
+        )
 
 # %% ../../nbs/foundations/00_checks.ipynb #d106543c
 def check_mask_shape(mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
     "`InputError` unless `mask` is a boolean tensor of exactly `shape`. Reads no data."
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != tuple(shape):
-        raise InputError(f"{name}: expected a boolean mask of shape {tuple(shape)}, True where allowed; got {_came(mask)}")
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dtype != torch.bool
+        or tuple(mask.shape) != tuple(shape)
+    ):
+        raise InputError(
+            f"{name}: expected a boolean mask of shape {tuple(shape)}, True where allowed; got {_came(mask)}"
+        )
 
 # %% ../../nbs/foundations/00_checks.ipynb #2386a1c5
-def check_divides(divisor: int, width: int, divisor_name: str = "num_attention_heads", width_name: str = "hidden_size") -> None:
+def check_divides(
+    divisor: int,
+    width: int,
+    divisor_name: str = "num_attention_heads",
+    width_name: str = "hidden_size",
+) -> None:
     "`ConfigError` unless both are positive and `divisor` divides `width`: as many heads of equal width."
     check_positive(**{divisor_name: divisor, width_name: width})
     if width % divisor:
-        raise ConfigError(f"{divisor_name} must divide {width_name}; got {divisor} and {width}")
+        raise ConfigError(
+            f"{divisor_name} must divide {width_name}; got {divisor} and {width}"
+        )
 
 
 def check_positive(**sizes: int) -> None:
     "`ConfigError` unless every size is a whole number of at least 1."
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"{name} must be a whole number of at least 1; got {size!r}")
+            raise ConfigError(
+                f"{name} must be a whole number of at least 1; got {size!r}"
+            )
 
 # %% ../../nbs/foundations/00_checks.ipynb #d4e482b4
 def check_probability(**rates: float) -> None:
     "`ConfigError` unless every rate is a number from 0 up to, but not including, 1."
     for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise ConfigError(f"{name} must be a number from 0 to below 1; got {rate!r}")
+        if (
+            isinstance(rate, bool)
+            or not isinstance(rate, (int, float))
+            or not 0 <= rate < 1
+        ):
+            raise ConfigError(
+                f"{name} must be a number from 0 to below 1; got {rate!r}"
+            )
 
 
 def check_choice(choices: tuple[str, ...], **values: str) -> None:
     "`ConfigError` unless every value is one of `choices`."
     for name, value in values.items():
         if value not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+            raise ConfigError(
+                f"{name} must be one of {', '.join(choices)}; got {value!r}"
+            )
 
 # %% ../../nbs/foundations/00_checks.ipynb #c90befc7
 def check_id_values(ids: Tensor, vocab_size: int, name: str = "source") -> None:
     "`InputError` unless every id is in 0 ... vocab_size - 1. Reads data: for the edges, not for a forward pass."
     low, high = ids.min().item(), ids.max().item()
     if low < 0 or high >= vocab_size:
-        raise InputError(f"{name}: expected ids from 0 to {vocab_size - 1}; got {low if low < 0 else high}")
+        raise InputError(
+            f"{name}: expected ids from 0 to {vocab_size - 1}; got {low if low < 0 else high}"
+        )
 
 
 def check_mask_rows(mask: Tensor, name: str = "mask") -> None:
@@ -100,7 +140,9 @@ def check_mask_rows(mask: Tensor, name: str = "mask") -> None:
     hidden = ~mask.any(-1)
     if hidden.any():
         row = hidden.nonzero()[0].tolist()
-        raise InputError(f"{name}: expected at least one True in every row; row {row[0] if len(row) == 1 else tuple(row)} hides everything")
+        raise InputError(
+            f"{name}: expected at least one True in every row; row {row[0] if len(row) == 1 else tuple(row)} hides everything"
+        )
 
 # %% ../../nbs/foundations/00_checks.ipynb #fdb88de1
 class Output:
@@ -112,7 +154,11 @@ class Output:
         torch.utils._pytree.register_dataclass(cls)
 
     def keys(self) -> list[str]:
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return [
+            field.name
+            for field in fields(self)
+            if getattr(self, field.name) is not None
+        ]
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.keys():

@@ -14,7 +14,9 @@ def _split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     "The parameters of `module` with two axes or more, and the biases among the others; each shared one once."
     named = list(module.named_parameters())
     matrices = [p for _, p in named if p.ndim > 1]
-    return matrices, [p for name, p in named if p.ndim == 1 and "bias" in name.rpartition(".")[2]]
+    return matrices, [
+        p for name, p in named if p.ndim == 1 and "bias" in name.rpartition(".")[2]
+    ]
 
 
 def _check_size(**sizes: float) -> None:
@@ -44,12 +46,16 @@ def init_xavier_(module: nn.Module) -> nn.Module:
 
 # %% ../../nbs/foundations/05_initialisation.ipynb #83eb73f1
 @torch.no_grad()
-def init_normal_(module: nn.Module, std: float = 0.02, truncated: bool = False) -> nn.Module:
+def init_normal_(
+    module: nn.Module, std: float = 0.02, truncated: bool = False
+) -> nn.Module:
     "Matrices normal with standard deviation `std`, with `truncated` cut off at two of them; biases zero; norms keep their start. Returns the module."
     _check_size(std=std)
     matrices, biases = _split(module)
     for matrix in matrices:
-        nn.init.trunc_normal_(matrix, std=std, a=-2 * std, b=2 * std) if truncated else matrix.normal_(0, std)
+        nn.init.trunc_normal_(
+            matrix, std=std, a=-2 * std, b=2 * std
+        ) if truncated else matrix.normal_(0, std)
     for bias in biases:
         bias.zero_()
     return module

@@ -19,33 +19,47 @@ def padding_mask(ids: Int[Tensor, "b n"], pad_id: int = 0) -> Bool[Tensor, "b n"
 def lengths_mask(lengths: Int[Tensor, "b"], n: int) -> Bool[Tensor, "b n"]:
     "True at the first `lengths[i]` of `n` positions of row i."
     if n < 1 or lengths.ndim != 1:
-        raise InputError("expected lengths of shape (b,) and n of at least 1; "
-                         f"got shape {tuple(lengths.shape)} and n = {n}")
+        raise InputError(
+            "expected lengths of shape (b,) and n of at least 1; "
+            f"got shape {tuple(lengths.shape)} and n = {n}"
+        )
     return torch.arange(n, device=lengths.device) < lengths[:, None]
 
 # %% ../../nbs/foundations/02_masks.ipynb #4794c079
-def causal_mask(n: int, device: torch.device | str | None = None,
-                past: int = 0) -> Bool[Tensor, "n m"]:
+def causal_mask(
+    n: int, device: torch.device | str | None = None, past: int = 0
+) -> Bool[Tensor, "n m"]:
     """True where the key's position is not after the query's: the lower triangle
     (n n). With `past`, the queries are the last n of past + n positions:
     (n past+n)."""
     if n < 1 or past < 0:
-        raise InputError("expected at least one position and a past of at least 0; "
-                         f"got n = {n} and past = {past}")
+        raise InputError(
+            "expected at least one position and a past of at least 0; "
+            f"got n = {n} and past = {past}"
+        )
     return torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)
 
 # %% ../../nbs/foundations/02_masks.ipynb #0c2b26be
-def expand_mask(mask: Bool[Tensor, "..."],
-                pairs: bool = False) -> Bool[Tensor, "b h n m"]:
+def expand_mask(
+    mask: Bool[Tensor, "..."], pairs: bool = False
+) -> Bool[Tensor, "b h n m"]:
     """A mask that broadcasts to scores (b h n m): (b m) becomes (b 1 1 m), (b n m)
     becomes (b 1 n m), four axes stay as they are. With `pairs`, two axes are (n m),
     the same for the whole batch, and become (1 1 n m)."""
-    if (not isinstance(mask, Tensor) or mask.dtype != torch.bool
-            or mask.ndim not in (2, 3, 4)):
-        came = (f"{mask.dtype} of shape {tuple(mask.shape)}"
-                if isinstance(mask, Tensor) else type(mask).__name__)
-        raise InputError("mask: expected a boolean tensor (b m), (b n m) or (b h n m)"
-                         f", True where allowed; got {came}")
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dtype != torch.bool
+        or mask.ndim not in (2, 3, 4)
+    ):
+        came = (
+            f"{mask.dtype} of shape {tuple(mask.shape)}"
+            if isinstance(mask, Tensor)
+            else type(mask).__name__
+        )
+        raise InputError(
+            "mask: expected a boolean tensor (b m), (b n m) or (b h n m)"
+            f", True where allowed; got {came}"
+        )
     if mask.ndim == 2:
         return mask[None, None] if pairs else mask[:, None, None]
     return mask[:, None] if mask.ndim == 3 else mask

@@ -24,29 +24,78 @@ from .checks import InputError
 
 # %% ../../nbs/foundations/08_plots.ipynb #fb7f38ac
 INK, FAINT, GROUND = "#24292f", "#d0d7de", "#ffffff"
-COLORS = ["#0969da", "#cf5c00", "#1a7f37", "#a40e6d", "#6e5bb5", "#8a6100", "#57606a"]   # told apart in most kinds of colour blindness, dark enough on white
-HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#9ec9f5", "#0969da", "#0a3069"])
-_CJK = re.compile(r"Sans.*CJK|Noto Sans [ST]C|Source Han Sans|WenQuanYi|PingFang|Hiragino Sans GB|YaHei|SimHei|Heiti|Droid Sans Fallback|Arial Unicode")
+COLORS = [
+    "#0969da",
+    "#cf5c00",
+    "#1a7f37",
+    "#a40e6d",
+    "#6e5bb5",
+    "#8a6100",
+    "#57606a",
+]  # told apart in most kinds of colour blindness, dark enough on white
+HEAT = LinearSegmentedColormap.from_list(
+    "heat", ["#ffffff", "#9ec9f5", "#0969da", "#0a3069"]
+)
+_CJK = re.compile(
+    r"Sans.*CJK|Noto Sans [ST]C|Source Han Sans|WenQuanYi|PingFang|Hiragino Sans GB|YaHei|SimHei|Heiti|Droid Sans Fallback|Arial Unicode"
+)
 
 
 def _fonts() -> list[str]:
     "DejaVu Sans, and behind it the first installed font that has Chinese characters."
-    installed = {font.name for font in matplotlib.font_manager.fontManager.ttflist if _CJK.search(font.name)}
-    simplified_first = sorted(installed, key=lambda name: (re.search(r"SC|Hei|GB", name) is None, "Mono" in name, name))
+    installed = {
+        font.name
+        for font in matplotlib.font_manager.fontManager.ttflist
+        if _CJK.search(font.name)
+    }
+    simplified_first = sorted(
+        installed,
+        key=lambda name: (re.search(r"SC|Hei|GB", name) is None, "Mono" in name, name),
+    )
     return ["DejaVu Sans", *simplified_first[:1]]
 
 # %% ../../nbs/foundations/08_plots.ipynb #b1595769
 def style() -> None:
     "Set the book's figure style; called once, in the first code cell of a notebook. In Jupyter, figures become SVG with the same bytes every time."
     warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
-    matplotlib.rcParams.update({
-        "figure.figsize": (6.4, 3.2), "figure.facecolor": GROUND, "savefig.facecolor": GROUND, "figure.dpi": 96, "figure.constrained_layout.use": True,
-        "axes.facecolor": GROUND, "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlesize": 10, "axes.labelsize": 10, "axes.titlecolor": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "axes.prop_cycle": matplotlib.cycler(color=COLORS),
-        "grid.color": FAINT, "grid.linewidth": 0.6, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "lines.linewidth": 1.8, "lines.markersize": 4, "legend.frameon": True, "legend.edgecolor": "none", "legend.framealpha": 0.85, "legend.fontsize": 9, "font.size": 10, "font.family": _fonts(),
-        "image.cmap": "heat", "svg.fonttype": "path", "svg.hashsalt": "attn_notes",
-    })
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (6.4, 3.2),
+            "figure.facecolor": GROUND,
+            "savefig.facecolor": GROUND,
+            "figure.dpi": 96,
+            "figure.constrained_layout.use": True,
+            "axes.facecolor": GROUND,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "axes.titlesize": 10,
+            "axes.labelsize": 10,
+            "axes.titlecolor": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+            "grid.color": FAINT,
+            "grid.linewidth": 0.6,
+            "text.color": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 4,
+            "legend.frameon": True,
+            "legend.edgecolor": "none",
+            "legend.framealpha": 0.85,
+            "legend.fontsize": 9,
+            "font.size": 10,
+            "font.family": _fonts(),
+            "image.cmap": "heat",
+            "svg.fonttype": "path",
+            "svg.hashsalt": "attn_notes",
+        }
+    )
     try:
         from IPython import get_ipython
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -67,79 +116,145 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=float)
 
 # %% ../../nbs/foundations/08_plots.ipynb #88d182f5
-def _heat(axes: Any, values: np.ndarray, rows: Sequence[str] | None, columns: Sequence[str] | None, top: float) -> Any:
+def _heat(
+    axes: Any,
+    values: np.ndarray,
+    rows: Sequence[str] | None,
+    columns: Sequence[str] | None,
+    top: float,
+) -> Any:
     "Draw one map (n m) into `axes` on the colour scale 0 ... top, with tokens as labels."
     size = max(5.0, min(9.0, 150 / max(values.shape)))
-    image = axes.imshow(values, vmin=0, vmax=top, cmap="heat", aspect="equal", interpolation="none")
+    image = axes.imshow(
+        values, vmin=0, vmax=top, cmap="heat", aspect="equal", interpolation="none"
+    )
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    axes.patch.set(edgecolor=FAINT, linewidth=1.5)                             # a frame, half of it under the map
+    axes.patch.set(edgecolor=FAINT, linewidth=1.5)  # a frame, half of it under the map
     axes.tick_params(left=False, bottom=False)
     axes.set_yticks(range(len(rows or [])), rows or [], fontsize=size)
     long = max(map(len, columns or [""])) > 3
-    axes.set_xticks(range(len(columns or [])), columns or [], fontsize=size, rotation=45 if long else 0, rotation_mode="anchor",
-                    ha="right" if long else "center", va="top" if not long else "center")
+    axes.set_xticks(
+        range(len(columns or [])),
+        columns or [],
+        fontsize=size,
+        rotation=45 if long else 0,
+        rotation_mode="anchor",
+        ha="right" if long else "center",
+        va="top" if not long else "center",
+    )
     return image
 
 # %% ../../nbs/foundations/08_plots.ipynb #7b0d2c65
-def _check_map(values: np.ndarray, rows: Sequence[str] | None, columns: Sequence[str] | None) -> None:
+def _check_map(
+    values: np.ndarray, rows: Sequence[str] | None, columns: Sequence[str] | None
+) -> None:
     "`InputError` unless the last two axes of `values` fit the labels."
     if values.ndim < 2 or values.size == 0:
-        raise InputError(f"expected weights of shape (n, m) with or without axes in front; got shape {values.shape}")
-    for name, labels, length in (("rows", rows, values.shape[-2]), ("columns", columns, values.shape[-1])):
+        raise InputError(
+            f"expected weights of shape (n, m) with or without axes in front; got shape {values.shape}"
+        )
+    for name, labels, length in (
+        ("rows", rows, values.shape[-2]),
+        ("columns", columns, values.shape[-1]),
+    ):
         if labels is not None and len(labels) != length:
-            raise InputError(f"{name}: expected {length} labels for weights of shape {values.shape}; got {len(labels)}")
+            raise InputError(
+                f"{name}: expected {length} labels for weights of shape {values.shape}; got {len(labels)}"
+            )
 
 # %% ../../nbs/foundations/08_plots.ipynb #2e7e7e5d
-def show_attention(weights: Any, rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, title: str | None = None,
-                   titles: Sequence[str] | None = None) -> Figure:
+def show_attention(
+    weights: Any,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    title: str | None = None,
+    titles: Sequence[str] | None = None,
+) -> Figure:
     """Heat maps of attention weights (n m), (h n m) or (l h n m), dark is much: a grid with a line for every layer and a column for every head.
     `rows` label the queries, `columns` the keys, `titles` the single maps in reading order."""
     values = _array(weights)
     _check_map(values, rows, columns)
     if values.ndim > 4:
-        raise InputError(f"expected at most four axes, layers, heads, queries, keys; got shape {values.shape}")
+        raise InputError(
+            f"expected at most four axes, layers, heads, queries, keys; got shape {values.shape}"
+        )
     grid = values.reshape((1,) * (4 - values.ndim) + values.shape)
-    if values.ndim == 3 and len(values) > 4:                                    # a long row is broken into lines of four
+    if values.ndim == 3 and len(values) > 4:  # a long row is broken into lines of four
         blank = np.full((-len(values) % 4, *values.shape[1:]), np.nan)
         grid = np.concatenate([values, blank]).reshape(-1, 4, *values.shape[1:])
     return _grid(grid, rows, columns, title, titles)
 
 # %% ../../nbs/foundations/08_plots.ipynb #bdb03fa7
-def _grid(grid: np.ndarray, rows: Sequence[str] | None, columns: Sequence[str] | None, title: str | None, titles: Sequence[str] | None) -> Figure:
+def _grid(
+    grid: np.ndarray,
+    rows: Sequence[str] | None,
+    columns: Sequence[str] | None,
+    title: str | None,
+    titles: Sequence[str] | None,
+) -> Figure:
     "A figure of the maps `grid` (lines columns n m) on one colour scale; maps that are NaN stay empty."
     lines, across, n, m = grid.shape
     cell = min(0.34, 6.6 / (across * m), 4.6 / n)
-    figure = Figure(figsize=(max(2.4, across * (m * cell + 0.25) + 1.4), max(1.5, lines * (n * cell + 0.35) + 0.8)))
+    figure = Figure(
+        figsize=(
+            max(2.4, across * (m * cell + 0.25) + 1.4),
+            max(1.5, lines * (n * cell + 0.35) + 0.8),
+        )
+    )
     places = figure.subplots(lines, across, squeeze=False)
     for i, (axes, values) in enumerate(zip(places.flat, grid.reshape(-1, n, m))):
         if np.isnan(values).all():
             axes.set_axis_off()
             continue
-        left, bottom = i % across == 0, i // across == lines - 1 or np.isnan(grid[i // across + 1, i % across]).all()
-        image = _heat(axes, values, rows if left else None, columns if bottom else None, max(np.nanmax(grid), 1e-9))
+        left, bottom = (
+            i % across == 0,
+            i // across == lines - 1
+            or np.isnan(grid[i // across + 1, i % across]).all(),
+        )
+        image = _heat(
+            axes,
+            values,
+            rows if left else None,
+            columns if bottom else None,
+            max(np.nanmax(grid), 1e-9),
+        )
         if titles is not None and i < len(titles):
             axes.set_title(titles[i], fontsize=9)
-    figure.colorbar(image, ax=places, shrink=0.8, aspect=18, pad=0.02, ticks=MaxNLocator(3)).outline.set_visible(False)
+    figure.colorbar(
+        image, ax=places, shrink=0.8, aspect=18, pad=0.02, ticks=MaxNLocator(3)
+    ).outline.set_visible(False)
     if title is not None:
         figure.suptitle(title, fontsize=10)
     return figure
 
 # %% ../../nbs/foundations/08_plots.ipynb #55183b3f
-def show_pair(a: Any, b: Any, titles: Sequence[str] = ("", ""), rows: Sequence[str] | None = None, columns: Sequence[str] | None = None) -> Figure:
+def show_pair(
+    a: Any,
+    b: Any,
+    titles: Sequence[str] = ("", ""),
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Figure:
     "Two maps (n m) of the same shape side by side on one colour scale."
     a, b = _array(a), _array(b)
     if a.ndim != 2 or a.shape != b.shape:
-        raise InputError(f"expected two maps of the same shape (n, m); got {a.shape} and {b.shape}")
+        raise InputError(
+            f"expected two maps of the same shape (n, m); got {a.shape} and {b.shape}"
+        )
     return show_attention(np.stack([a, b]), rows, columns, titles=titles)
 
 # %% ../../nbs/foundations/08_plots.ipynb #a18a3d28
-def show_links(weights: Any, rows: Sequence[str], columns: Sequence[str], least: float = 0.1) -> Figure:
+def show_links(
+    weights: Any, rows: Sequence[str], columns: Sequence[str], least: float = 0.1
+) -> Figure:
     "Lines from the queries `rows`, above, to the keys `columns`, below, for weights (n m) or (h n m) of at least `least`; a colour for each head."
     values = _array(weights)
     _check_map(values, rows, columns)
     if values.ndim > 3:
-        raise InputError(f"expected at most three axes, heads, queries, keys; got shape {values.shape}")
+        raise InputError(
+            f"expected at most three axes, heads, queries, keys; got shape {values.shape}"
+        )
     heads, width = values.reshape(-1, *values.shape[-2:]), max(len(rows), len(columns))
     figure = Figure(figsize=(min(7.2, 1 + 0.6 * width), 2.4))
     axes = figure.subplots()
@@ -147,15 +262,36 @@ def show_links(weights: Any, rows: Sequence[str], columns: Sequence[str], least:
     places = [np.linspace(0, width, len(words) + 2)[1:-1] for words in (columns, rows)]
     for y, words in enumerate((columns, rows)):
         for x, word in zip(places[y], words):
-            axes.text(x, 1.04 * y - 0.02, word, ha="center", va="bottom" if y else "top", fontsize=8)
+            axes.text(
+                x,
+                1.04 * y - 0.02,
+                word,
+                ha="center",
+                va="bottom" if y else "top",
+                fontsize=8,
+            )
     for h, i, j in zip(*np.nonzero(heads >= least)):
-        axes.plot([places[1][i], places[0][j]], [1, 0], color=COLORS[h % len(COLORS)], alpha=heads[h, i, j], linewidth=2.5)
+        axes.plot(
+            [places[1][i], places[0][j]],
+            [1, 0],
+            color=COLORS[h % len(COLORS)],
+            alpha=heads[h, i, j],
+            linewidth=2.5,
+        )
     axes.set(xlim=(0, width), ylim=(-0.1, 1.1))
     return figure
 
 # %% ../../nbs/foundations/08_plots.ipynb #f21c1fa2
-def curves(x: Sequence[float] | Any, lines: Mapping[str, Any], xlabel: str = "", ylabel: str = "", title: str | None = None,
-           dashed: Sequence[str] = (), xscale: str = "linear", yscale: str = "linear") -> Figure:
+def curves(
+    x: Sequence[float] | Any,
+    lines: Mapping[str, Any],
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str | None = None,
+    dashed: Sequence[str] = (),
+    xscale: str = "linear",
+    yscale: str = "linear",
+) -> Figure:
     """One line for every entry of `lines`: values (points,) or (seeds, points); of several seeds the mean, and a band from the lowest to the highest.
     The names in `dashed` are drawn dashed: predictions, baselines."""
     x = _array(x)
@@ -166,11 +302,28 @@ def curves(x: Sequence[float] | Any, lines: Mapping[str, Any], xlabel: str = "",
     for name, values in lines.items():
         values = np.atleast_2d(_array(values))
         if values.shape[-1] != len(x):
-            raise InputError(f"{name}: expected {len(x)} points, as many as x; got shape {values.shape}")
-        line, = axes.plot(x, values.mean(0), "--" if name in dashed else "-", marker=None if name in dashed or len(x) > 30 else "o", label=name)
+            raise InputError(
+                f"{name}: expected {len(x)} points, as many as x; got shape {values.shape}"
+            )
+        (line,) = axes.plot(
+            x,
+            values.mean(0),
+            "--" if name in dashed else "-",
+            marker=None if name in dashed or len(x) > 30 else "o",
+            label=name,
+        )
         if len(values) > 1:
-            axes.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.18, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title or "", xscale=xscale, yscale=yscale)
+            axes.fill_between(
+                x,
+                values.min(0),
+                values.max(0),
+                color=line.get_color(),
+                alpha=0.18,
+                linewidth=0,
+            )
+    axes.set(
+        xlabel=xlabel, ylabel=ylabel, title=title or "", xscale=xscale, yscale=yscale
+    )
     if xscale == "linear" and (x == x.round()).all():
         axes.xaxis.get_major_locator().set_params(integer=True)
     if len(lines) > 1:
@@ -182,7 +335,14 @@ class Diagram:
     """A picture of a model: boxes on a grid, arrows between them. `box` and `arrow` return the diagram, so calls can be chained;
     as the last value of a cell it shows itself."""
 
-    tones = {"plain": "#ffffff", "data": "#eaeef2", "layer": "#ddf4ff", "attention": "#ffe6d1", "state": "#dafbe1", "output": "#fbe3f3"}
+    tones = {
+        "plain": "#ffffff",
+        "data": "#eaeef2",
+        "layer": "#ddf4ff",
+        "attention": "#ffe6d1",
+        "state": "#dafbe1",
+        "output": "#fbe3f3",
+    }
 
     def __init__(self, width: float = 6.4, height: float = 3.2) -> None:
         self.figure = Figure(figsize=(width, height))
@@ -190,47 +350,116 @@ class Diagram:
         self.axes.set_axis_off()
         self.boxes: dict[str, FancyBboxPatch] = {}
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": f"<Diagram with {len(self.boxes)} boxes>", "image/svg+xml": to_svg(self.figure)}
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> dict[str, str]:
+        return {
+            "text/plain": f"<Diagram with {len(self.boxes)} boxes>",
+            "image/svg+xml": to_svg(self.figure),
+        }
 
 # %% ../../nbs/foundations/08_plots.ipynb #0aabf7dc
 def to_svg(figure: Figure) -> str:
     "The SVG text of a figure: the same drawing gives the same text."
     file = io.StringIO()
-    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        file,
+        format="svg",
+        bbox_inches="tight",
+        metadata={"Date": None, "Creator": None},
+    )
     return file.getvalue()
 
 # %% ../../nbs/foundations/08_plots.ipynb #643ed024
 @patch
-def box(self: Diagram, name: str, column: float, row: float, text: str | None = None, tone: str = "layer", width: float = 0.8, height: float = 0.5) -> Diagram:
+def box(
+    self: Diagram,
+    name: str,
+    column: float,
+    row: float,
+    text: str | None = None,
+    tone: str = "layer",
+    width: float = 0.8,
+    height: float = 0.5,
+) -> Diagram:
     "A box called `name` with its centre at (column, row) in the colour of `tone`, labelled `text` (default the name)."
     if name in self.boxes:
         raise InputError(f"there is a box called {name!r} already")
     if tone not in self.tones:
         raise InputError(f"tone must be one of {', '.join(self.tones)}; got {tone!r}")
     corner = (column - width / 2, row - height / 2)
-    patch_ = FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.06", facecolor=self.tones[tone], edgecolor=INK, linewidth=1)
+    patch_ = FancyBboxPatch(
+        corner,
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.06",
+        facecolor=self.tones[tone],
+        edgecolor=INK,
+        linewidth=1,
+    )
     self.boxes[name] = self.axes.add_patch(patch_)
-    self.axes.text(column, row, name if text is None else text, ha="center", va="center", fontsize=9)
+    self.axes.text(
+        column,
+        row,
+        name if text is None else text,
+        ha="center",
+        va="center",
+        fontsize=9,
+    )
     self.axes.autoscale_view()
     return self
 
 # %% ../../nbs/foundations/08_plots.ipynb #15f844b6
 @patch
-def arrow(self: Diagram, start: str, end: str, text: str = "", bend: float = 0.0, dashed: bool = False) -> Diagram:
+def arrow(
+    self: Diagram,
+    start: str,
+    end: str,
+    text: str = "",
+    bend: float = 0.0,
+    dashed: bool = False,
+) -> Diagram:
     "An arrow from box `start` to box `end`, bent to the side by `bend`, with a small `text` beside its middle."
     for name in (start, end):
         if name not in self.boxes:
-            raise InputError(f"there is no box called {name!r}; expected one of {', '.join(self.boxes) or 'none yet'}")
+            raise InputError(
+                f"there is no box called {name!r}; expected one of {', '.join(self.boxes) or 'none yet'}"
+            )
     ends = [self.boxes[name] for name in (start, end)]
-    (x0, y0), (x1, y1) = ((box.get_x() + box.get_width() / 2, box.get_y() + box.get_height() / 2) for box in ends)
-    line = FancyArrowPatch((x0, y0), (x1, y1), arrowstyle="-|>", mutation_scale=10, color=INK, linewidth=1, linestyle="--" if dashed else "-",
-                           shrinkA=1, shrinkB=1, connectionstyle=f"arc3,rad={bend}", patchA=ends[0], patchB=ends[1], clip_on=False)
+    (x0, y0), (x1, y1) = (
+        (box.get_x() + box.get_width() / 2, box.get_y() + box.get_height() / 2)
+        for box in ends
+    )
+    line = FancyArrowPatch(
+        (x0, y0),
+        (x1, y1),
+        arrowstyle="-|>",
+        mutation_scale=10,
+        color=INK,
+        linewidth=1,
+        linestyle="--" if dashed else "-",
+        shrinkA=1,
+        shrinkB=1,
+        connectionstyle=f"arc3,rad={bend}",
+        patchA=ends[0],
+        patchB=ends[1],
+        clip_on=False,
+    )
     self.axes.add_patch(line)
     dx, dy = x1 - x0, y1 - y0
     level = abs(dx) >= abs(dy)
-    outside = 1 if (-bend * dx if level else bend * dy) >= 0 else 0            # the side to which the arrow bends; above or right of a straight one
-    self.axes.annotate(text, (0.5, outside) if level else (outside, 0.5), xycoords=line, textcoords="offset points", annotation_clip=False, fontsize=8,
-                       xytext=(0, 3 * (2 * outside - 1)) if level else (4 * (2 * outside - 1), 0),
-                       ha="center" if level else ("right", "left")[outside], va=("top", "bottom")[outside] if level else "center")
+    outside = (
+        1 if (-bend * dx if level else bend * dy) >= 0 else 0
+    )  # the side to which the arrow bends; above or right of a straight one
+    self.axes.annotate(
+        text,
+        (0.5, outside) if level else (outside, 0.5),
+        xycoords=line,
+        textcoords="offset points",
+        annotation_clip=False,
+        fontsize=8,
+        xytext=(0, 3 * (2 * outside - 1)) if level else (4 * (2 * outside - 1), 0),
+        ha="center" if level else ("right", "left")[outside],
+        va=("top", "bottom")[outside] if level else "center",
+    )
     return self

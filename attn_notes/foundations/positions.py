@@ -16,12 +16,17 @@ def sinusoidal_table(n: int, d: int) -> Float[Tensor, "n d"]:
     channels. `ConfigError` unless d is even."""
     check_positive(n=n, d=d)
     if d % 2:
-        raise ConfigError("a sinusoidal table needs an even width, a sine and a "
-                          f"cosine for each frequency; got {d}")
+        raise ConfigError(
+            "a sinusoidal table needs an even width, a sine and a "
+            f"cosine for each frequency; got {d}"
+        )
     frequency = 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
-    return (torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
-            .to(torch.get_default_dtype()))
+    return (
+        torch.stack([angle.sin(), angle.cos()], dim=-1)
+        .flatten(1)
+        .to(torch.get_default_dtype())
+    )
 
 # %% ../../nbs/foundations/03_positions.ipynb #b9212ad5
 class SinusoidalPositions(nn.Module):
@@ -31,8 +36,10 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, hidden_size: int, max_position_embeddings: int) -> None:
         super().__init__()
         self.register_buffer(
-            "weight", sinusoidal_table(max_position_embeddings, hidden_size),
-            persistent=False)
+            "weight",
+            sinusoidal_table(max_position_embeddings, hidden_size),
+            persistent=False,
+        )
 
     def forward(self, n: int, offset: int = 0) -> Float[Tensor, "n d"]:
         "Rows offset ... offset + n - 1 of the table (n d)."
@@ -43,11 +50,13 @@ class LearnedPositions(nn.Module):
     """One learned vector for each of `max_position_embeddings` places; begins normal
     with a standard deviation of `std`."""
 
-    def __init__(self, hidden_size: int, max_position_embeddings: int,
-                 std: float = 0.02) -> None:
+    def __init__(
+        self, hidden_size: int, max_position_embeddings: int, std: float = 0.02
+    ) -> None:
         super().__init__()
-        check_positive(hidden_size=hidden_size,
-                       max_position_embeddings=max_position_embeddings)
+        check_positive(
+            hidden_size=hidden_size, max_position_embeddings=max_position_embeddings
+        )
         self.weight = nn.Parameter(torch.empty(max_position_embeddings, hidden_size))
         nn.init.normal_(self.weight, std=std)
 
@@ -59,6 +68,8 @@ class LearnedPositions(nn.Module):
 def _rows(table: Tensor, n: int, offset: int) -> Tensor:
     "`table[offset : offset + n]`; `InputError` where that leaves the table."
     if n < 1 or offset < 0 or n + offset > len(table):
-        raise InputError(f"positions: expected places within 0 to {len(table) - 1}; "
-                         f"got {n} from {offset} on")
+        raise InputError(
+            f"positions: expected places within 0 to {len(table) - 1}; "
+            f"got {n} from {offset} on"
+        )
     return table[offset : offset + n]

@@ -20,9 +20,16 @@ Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 @torch.no_grad()
-def greedy_search(step: Step, state: Any, batch_size: int, bos_id: int, eos_id: int,
-                  pad_id: int, max_new_tokens: int | Int[Tensor, "b"],
-                  device: torch.device | str | None = None) -> Int[Tensor, "b t"]:
+def greedy_search(
+    step: Step,
+    state: Any,
+    batch_size: int,
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+    max_new_tokens: int | Int[Tensor, "b"],
+    device: torch.device | str | None = None,
+) -> Int[Tensor, "b t"]:
     """The most likely word at every step: ids (b t) without the start symbol, the end
     symbol included, `pad_id` after it; t is at most `max_new_tokens`, which is one
     bound for all rows or one for each. `step(last_ids (b,), state) -> (logits (b v),
@@ -54,16 +61,19 @@ def check_counts(**sizes: int) -> None:
         raise InputError(str(error)) from None
 
 
-def row_bounds(limit: int | Tensor, b: int,
-            device: torch.device | str | None) -> Int[Tensor, "b"]:
+def row_bounds(
+    limit: int | Tensor, b: int, device: torch.device | str | None
+) -> Int[Tensor, "b"]:
     """The bound on the length of each row. `InputError` unless there is one for all or
     one for each, whole numbers of at least 1."""
     if not isinstance(limit, Tensor):
         check_counts(max_new_tokens=limit)
         return torch.full((b,), limit, device=device)
     if limit.shape != (b,) or limit.is_floating_point() or limit.dtype == torch.bool:
-        raise InputError(f"max_new_tokens: expected whole numbers of shape ({b},); "
-                         f"got {limit.dtype} of shape {tuple(limit.shape)}")
+        raise InputError(
+            f"max_new_tokens: expected whole numbers of shape ({b},); "
+            f"got {limit.dtype} of shape {tuple(limit.shape)}"
+        )
     check_counts(max_new_tokens=int(limit.min()))
     return limit.to(device)
 
@@ -78,6 +88,7 @@ def reorder_state(state: Any, index: Int[Tensor, "r"], batch_dim: int = 0) -> An
     lists, dicts and dataclasses of tensors, nested in any way. An object with a method
     `reorder` is asked for `reorder(index)`. What is no tensor (None, numbers) stays as
     it is."""
+
     def pick(part: Any) -> Any:
         if isinstance(part, Tensor):
             return part.index_select(batch_dim, index)
@@ -90,41 +101,52 @@ def reorder_state(state: Any, index: Int[Tensor, "r"], batch_dim: int = 0) -> An
         if isinstance(part, (tuple, list)):
             return type(part)(map(pick, part))
         if is_dataclass(part):
-            return replace(part, **{f.name: pick(getattr(part, f.name))
-                                    for f in fields(part) if f.init})
+            return replace(
+                part,
+                **{f.name: pick(getattr(part, f.name)) for f in fields(part) if f.init},
+            )
         return part
+
     return pick(state)
 
 # %% ../../nbs/foundations/06_search.ipynb #51213cc8
-def _extend(log_p: Float[Tensor, "b k"], words: Float[Tensor, "b k v"],
-            eos_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _extend(
+    log_p: Float[Tensor, "b k"], words: Float[Tensor, "b k v"], eos_id: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best 2k extensions of k hypotheses, best first, each (b 2k): the hypothesis
     that is extended, the word, the log p of those that go on and the log p of those
     that are complete; -inf where an extension is not of that kind."""
     k, v = words.shape[1:]
     each = min(2 * k, v)
-    best, word = words.topk(each)          # b k 2k: the best 2k of all are among these
+    best, word = words.topk(each)  # b k 2k: the best 2k of all are among these
     log_p, place = (log_p[..., None] + best).flatten(1).topk(min(2 * k, k * each))
     parent, word = place // each, word.flatten(1).gather(1, place)
     ends = word == eos_id
     among_first = torch.arange(place.shape[1], device=place.device) < k
-    return (parent, word, log_p.masked_fill(ends, -torch.inf),
-            log_p.masked_fill(~(ends & among_first), -torch.inf))
+    return (
+        parent,
+        word,
+        log_p.masked_fill(ends, -torch.inf),
+        log_p.masked_fill(~(ends & among_first), -torch.inf),
+    )
 
 # %% ../../nbs/foundations/06_search.ipynb #1abd487a
 class _Beam:
     "The open hypotheses of b sentences, k each, and the best complete one."
 
-    def __init__(self, bounds: Int[Tensor, "b"], k: int, pad_id: int,
-                 length_penalty: float) -> None:
+    def __init__(
+        self, bounds: Int[Tensor, "b"], k: int, pad_id: int, length_penalty: float
+    ) -> None:
         b, device, self.limit = len(bounds), bounds.device, int(bounds.max())
         self.bounds, self.length_penalty = bounds, length_penalty
         self.log_p = torch.full((b, k), -torch.inf, device=device)
         # k copies of the empty sentence would all go the same way: one counts
         self.log_p[:, 0] = 0.0
         self.ids = torch.full((b, k, self.limit), pad_id, device=device)
-        self.best_ids, self.best_score = (self.ids[:, 0].clone(),
-                                          torch.full((b,), -torch.inf, device=device))
+        self.best_ids, self.best_score = (
+            self.ids[:, 0].clone(),
+            torch.full((b,), -torch.inf, device=device),
+        )
         self.best_length = torch.zeros(b, dtype=torch.long, device=device)
         # scores of the k best complete hypotheses, best first
         self.complete = torch.full((b, k), -torch.inf, device=device)
@@ -142,8 +164,9 @@ class _Beam:
 
 # %% ../../nbs/foundations/06_search.ipynb #3ff7f6dc
 @patch
-def update(self: _Beam, words: Float[Tensor, "b k v"], eos_id: int,
-           length: int) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b k"]]:
+def update(
+    self: _Beam, words: Float[Tensor, "b k v"], eos_id: int, length: int
+) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b k"]]:
     """Take the log p of the next word, number `length`; which hypotheses go on, and
     with which word."""
     k = words.shape[1]
@@ -151,15 +174,20 @@ def update(self: _Beam, words: Float[Tensor, "b k v"], eos_id: int,
     ids = self.ids.gather(1, parent[..., None].expand(-1, -1, self.limit))
     ids[..., length - 1] = word
     self.keep(ids, ended, length)
-    self.complete = torch.cat(
-        [self.complete, _score(ended, length, self.length_penalty)], dim=1,
-    ).topk(k).values
+    self.complete = (
+        torch.cat(
+            [self.complete, _score(ended, length, self.length_penalty)],
+            dim=1,
+        )
+        .topk(k)
+        .values
+    )
     self.log_p, place = going.topk(k)
     self.ids = ids.gather(1, place[..., None].expand(-1, -1, self.limit))
-    now, at_most = (_score(self.log_p[:, 0], n, self.length_penalty)
-                    for n in (length, self.bounds))
-    self.done = (self.done | (self.complete[:, -1] >= now)
-                 | (self.best_score >= at_most))
+    now, at_most = (
+        _score(self.log_p[:, 0], n, self.length_penalty) for n in (length, self.bounds)
+    )
+    self.done = self.done | (self.complete[:, -1] >= now) | (self.best_score >= at_most)
     at_bound = length == self.bounds
     self.keep(self.ids, self.log_p.where(at_bound[:, None], -torch.inf), length)
     self.done = self.done | at_bound
@@ -170,16 +198,26 @@ def update(self: _Beam, words: Float[Tensor, "b k v"], eos_id: int,
 def answer(self: _Beam) -> Int[Tensor, "b t"]:
     "The best sentence of every row."
     if (self.best_length == 0).any():
-        raise InputError("step: expected logits with at least one finite number in "
-                         "every row; got none, or NaN")
+        raise InputError(
+            "step: expected logits with at least one finite number in "
+            "every row; got none, or NaN"
+        )
     return self.best_ids[:, : self.best_length.max()]
 
 # %% ../../nbs/foundations/06_search.ipynb #c39add19
 @torch.no_grad()
-def beam_search(step: Step, state: Any, batch_size: int, bos_id: int, eos_id: int,
-                pad_id: int, max_new_tokens: int | Int[Tensor, "b"],
-                device: torch.device | str | None = None,
-                num_beams: int = 4, length_penalty: float = 1.0) -> Int[Tensor, "b t"]:
+def beam_search(
+    step: Step,
+    state: Any,
+    batch_size: int,
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+    max_new_tokens: int | Int[Tensor, "b"],
+    device: torch.device | str | None = None,
+    num_beams: int = 4,
+    length_penalty: float = 1.0,
+) -> Int[Tensor, "b t"]:
     """The best sentence found by a beam of `num_beams`, by log p over the length
     penalty, eq. (eq-length-penalty): ids (b t) as from `greedy_search`, which it
     equals for `num_beams` = 1. `step` and `state` as there, `state` with one row for
@@ -190,15 +228,18 @@ def beam_search(step: Step, state: Any, batch_size: int, bos_id: int, eos_id: in
         raise InputError(f"length_penalty must be at least 0; got {length_penalty}")
     first = torch.arange(batch_size, device=device)[:, None] * num_beams
     state = reorder_state(
-        state, torch.arange(batch_size, device=device).repeat_interleave(num_beams))
+        state, torch.arange(batch_size, device=device).repeat_interleave(num_beams)
+    )
     beam = _Beam(bounds, num_beams, pad_id, length_penalty)
     last = torch.full((batch_size * num_beams,), bos_id, device=device)
     for length in range(1, beam.limit + 1):
         logits, state = step(last, state)
         words = logits.log_softmax(
-            -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        parent, word = beam.update(words.unflatten(0, (batch_size, num_beams)), eos_id,
-                                   length)
+            -1, dtype=torch.promote_types(logits.dtype, torch.float32)
+        )
+        parent, word = beam.update(
+            words.unflatten(0, (batch_size, num_beams)), eos_id, length
+        )
         if beam.done.all():
             break
         state, last = reorder_state(state, (first + parent).flatten()), word.flatten()

@@ -18,24 +18,37 @@ from ..data.batching import TokenBatches, pad_ids
 from ..data.text import text_classification
 from ..data.vocabulary import Vocabulary
 from ..foundations.attention import MultiHeadAttention
-from ..foundations.checks import (
-    ConfigError, InputError, check_choice, check_features, check_mask_shape,
-    check_positive, check_probability)
+from attn_notes.foundations.checks import (
+    ConfigError,
+    InputError,
+    check_choice,
+    check_features,
+    check_mask_shape,
+    check_positive,
+    check_probability,
+)
 from ..foundations.positions import sinusoidal_table
 from ..training.experiments import experiment
 from ..zoo.benchmark import benchmark_pair, training_step
 
 # %% ../../nbs/sequence/01_cells.ipynb #d4fcc7f6
-def rnn_cell(x: Float[Tensor, "b i"], state: list[Tensor], W: Tensor, U: Tensor,
-             b: Tensor, b2: Tensor) -> list[Tensor]:
+def rnn_cell(
+    x: Float[Tensor, "b i"],
+    state: list[Tensor],
+    W: Tensor,
+    U: Tensor,
+    b: Tensor,
+    b2: Tensor,
+) -> list[Tensor]:
     """One step of Elman's network: the new state [h] from the input x (b i) and the
     state [h] (b h)."""
-    h, = state
+    (h,) = state
     return [torch.tanh(x @ W.T + b + h @ U.T + b2)]
 
 # %% ../../nbs/sequence/01_cells.ipynb #e73d4562
-def unroll(cell, x: Float[Tensor, "b n i"], state: list[Tensor],
-           *weights: Tensor) -> tuple[Float[Tensor, "b n h"], list[Tensor]]:
+def unroll(
+    cell, x: Float[Tensor, "b n i"], state: list[Tensor], *weights: Tensor
+) -> tuple[Float[Tensor, "b n h"], list[Tensor]]:
     """Apply `cell` to the steps of x (b n i) one after the other, with the same
     weights: outputs (b n h) and the last state."""
     outputs = []
@@ -45,8 +58,14 @@ def unroll(cell, x: Float[Tensor, "b n i"], state: list[Tensor],
     return torch.stack(outputs, 1), state
 
 # %% ../../nbs/sequence/01_cells.ipynb #dc81f68a
-def lstm_cell(x: Float[Tensor, "b i"], state: list[Tensor], W: Tensor, U: Tensor,
-              b: Tensor, b2: Tensor) -> list[Tensor]:
+def lstm_cell(
+    x: Float[Tensor, "b i"],
+    state: list[Tensor],
+    W: Tensor,
+    U: Tensor,
+    b: Tensor,
+    b2: Tensor,
+) -> list[Tensor]:
     """One step of an LSTM: the new state [h, c] from the input x (b i) and the state
     [h, c], each (b h)."""
     h, c = state
@@ -55,11 +74,17 @@ def lstm_cell(x: Float[Tensor, "b i"], state: list[Tensor], W: Tensor, U: Tensor
     return [o.sigmoid() * c.tanh(), c]
 
 # %% ../../nbs/sequence/01_cells.ipynb #94623442
-def gru_cell(x: Float[Tensor, "b i"], state: list[Tensor], W: Tensor, U: Tensor,
-             b: Tensor, b2: Tensor) -> list[Tensor]:
+def gru_cell(
+    x: Float[Tensor, "b i"],
+    state: list[Tensor],
+    W: Tensor,
+    U: Tensor,
+    b: Tensor,
+    b2: Tensor,
+) -> list[Tensor]:
     """One step of a GRU in PyTorch's form, reset after the product: the new state [h]
     from x (b i) and [h] (b h)."""
-    h, = state
+    (h,) = state
     (xr, xz, xn), (hr, hz, hn) = (x @ W.T + b).chunk(3, -1), (h @ U.T + b2).chunk(3, -1)
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
     return [z * h + (1 - z) * (xn + r * hn).tanh()]
@@ -67,8 +92,12 @@ def gru_cell(x: Float[Tensor, "b i"], state: list[Tensor], W: Tensor, U: Tensor,
 # %% ../../nbs/sequence/01_cells.ipynb #aad16aaa
 # What padding does to each gate, in torch's order of gates: -1 closes it, 1 opens it, 0
 # leaves it alone.
-_PADDING = {"rnn_tanh": (0,), "rnn_relu": (-1,), "lstm": (-1, 1, 0, 0),
-            "gru": (0, 0, 0)}
+_PADDING = {
+    "rnn_tanh": (0,),
+    "rnn_relu": (-1,),
+    "lstm": (-1, 1, 0, 0),
+    "gru": (0, 0, 0),
+}
 State = Tensor | tuple[Tensor, Tensor]
 
 
@@ -82,13 +111,21 @@ class Recurrent(nn.Module):
     kind, a size below 1, or a dropout outside [0, 1).
     """
 
-    def __init__(self, kind: str, input_size: int, hidden_size: int,
-                 num_layers: int = 1, bidirectional: bool = False,
-                 dropout: float = 0.0, bias: bool = True) -> None:
+    def __init__(
+        self,
+        kind: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         check_choice(tuple(_PADDING), kind=kind)
-        check_positive(input_size=input_size, hidden_size=hidden_size,
-                       num_layers=num_layers)
+        check_positive(
+            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers
+        )
         check_probability(dropout=dropout)
         self.kind, self.input_size, self.hidden_size = kind, input_size, hidden_size
         self.num_layers, self.directions = num_layers, 1 + bidirectional
@@ -102,8 +139,11 @@ class Recurrent(nn.Module):
                 self.register_parameter(name, nn.Parameter(values))
 
     def _passes(self) -> list[tuple[int, int]]:
-        return [(layer, reverse) for layer in range(self.num_layers)
-                for reverse in range(self.directions)]
+        return [
+            (layer, reverse)
+            for layer in range(self.num_layers)
+            for reverse in range(self.directions)
+        ]
 
     def _names(self, layer: int, reverse: int) -> list[str]:
         kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * self.bias
@@ -113,25 +153,42 @@ class Recurrent(nn.Module):
         return [getattr(self, name) for name in self._names(layer, reverse)]
 
     def extra_repr(self) -> str:
-        return (f"{self.kind}, {self.input_size}, {self.hidden_size}, "
-                f"num_layers={self.num_layers}, directions={self.directions}")
+        return (
+            f"{self.kind}, {self.input_size}, {self.hidden_size}, "
+            f"num_layers={self.num_layers}, directions={self.directions}"
+        )
 
 # %% ../../nbs/sequence/01_cells.ipynb #bc182184
 @patch
-def _kernel(self: Recurrent, x: Tensor, state: list[Tensor], weights: list[Tensor],
-            num_layers: int, directions: int) -> tuple[Tensor, list[Tensor]]:
+def _kernel(
+    self: Recurrent,
+    x: Tensor,
+    state: list[Tensor],
+    weights: list[Tensor],
+    num_layers: int,
+    directions: int,
+) -> tuple[Tensor, list[Tensor]]:
     """One call of torch's fused kernel over the whole sequence: `torch.lstm`,
     `torch.gru`, `torch.rnn_tanh` or `torch.rnn_relu`."""
     start = state if self.kind == "lstm" else state[0]
-    output, *state = getattr(torch, self.kind)(x, start, weights, self.bias, num_layers,
-                                               self.dropout, self.training,
-                                               directions == 2, True)
+    output, *state = getattr(torch, self.kind)(
+        x,
+        start,
+        weights,
+        self.bias,
+        num_layers,
+        self.dropout,
+        self.training,
+        directions == 2,
+        True,
+    )
     return output, state
 
 # %% ../../nbs/sequence/01_cells.ipynb #8b9c25a2
 @patch
-def _padded(self: Recurrent, x: Tensor, mask: Tensor,
-            state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _padded(
+    self: Recurrent, x: Tensor, mask: Tensor, state: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """Rows of different lengths: layer by layer and direction by direction, with the
     padding channel, reading each row up to its last word."""
     lengths, step = mask.sum(1, keepdim=True), torch.arange(x.shape[1], device=x.device)
@@ -144,8 +201,12 @@ def _padded(self: Recurrent, x: Tensor, mask: Tensor,
         x, outputs = torch.cat([x.masked_fill(padding, 0), padding.to(x.dtype)], -1), []
         for reverse in range(self.directions):
             W, *others = self._weights(layer, reverse)
-            column = torch.cat([W.new_full((self.hidden_size, 1), 1e4 * gate)
-                                for gate in _PADDING[self.kind]])
+            column = torch.cat(
+                [
+                    W.new_full((self.hidden_size, 1), 1e4 * gate)
+                    for gate in _PADDING[self.kind]
+                ]
+            )
             start = [rows[len(finals)][None] for rows in state]
             words = x.gather(1, backwards.expand_as(x)) if reverse else x
             weights = [torch.cat([W, column], 1), *others]
@@ -166,15 +227,20 @@ def _start(self: Recurrent, x: Tensor, state: State | None) -> list[Tensor]:
         return [x.new_zeros(shape)] * parts
     states = [state] if isinstance(state, Tensor) else list(state)
     if len(states) != parts or any(s.shape != shape for s in states):
-        raise InputError(f"state: expected {parts} tensor(s) of shape {shape}; "
-                         f"got {[tuple(s.shape) for s in states]}")
+        raise InputError(
+            f"state: expected {parts} tensor(s) of shape {shape}; "
+            f"got {[tuple(s.shape) for s in states]}"
+        )
     return states
 
 
 @patch
-def forward(self: Recurrent, x: Float[Tensor, "b n i"],
-            mask: Bool[Tensor, "b n"] | None = None,
-            state: State | None = None) -> tuple[Float[Tensor, "b n k"], State]:
+def forward(
+    self: Recurrent,
+    x: Float[Tensor, "b n i"],
+    mask: Bool[Tensor, "b n"] | None = None,
+    state: State | None = None,
+) -> tuple[Float[Tensor, "b n k"], State]:
     """Read `x` (b n input_size): the output of every step (b n hidden_size *
     directions), zero on padding, and the final state.
 
@@ -187,13 +253,15 @@ def forward(self: Recurrent, x: Float[Tensor, "b n i"],
     weights = [weight for at in self._passes() for weight in self._weights(*at)]
     if x.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
         raise InputError(
-            f"x: expected {weights[0].dtype}, the type of the weights; got {x.dtype}")
+            f"x: expected {weights[0].dtype}, the type of the weights; got {x.dtype}"
+        )
     if mask is not None:
         check_mask_shape(mask, tuple(x.shape[:2]))
     start = self._start(x, state)
     if mask is None:
-        output, state = self._kernel(x, start, weights, self.num_layers,
-                                     self.directions)
+        output, state = self._kernel(
+            x, start, weights, self.num_layers, self.directions
+        )
     else:
         output, state = self._padded(x, mask, start)
     return output, (state[0], state[1]) if self.kind == "lstm" else state[0]
@@ -205,11 +273,13 @@ def open_gates_(module: Recurrent, bias: float) -> Recurrent:
     GRU, both the second block of rows. Gives the module back.
     `ConfigError` for a kind that has no gates, or a module without biases."""
     if module.kind not in ("lstm", "gru") or not module.bias:
-        raise ConfigError("expected an lstm or gru with biases; "
-                          f"got {module.kind}, bias={module.bias}")
+        raise ConfigError(
+            "expected an lstm or gru with biases; "
+            f"got {module.kind}, bias={module.bias}"
+        )
     for name, parameter in module.named_parameters():
         if name.startswith("bias_hh"):
-            parameter[module.hidden_size:2 * module.hidden_size] += bias
+            parameter[module.hidden_size : 2 * module.hidden_size] += bias
     return module
 
 # %% ../../nbs/sequence/01_cells.ipynb #5ce6e4e1
@@ -221,16 +291,23 @@ def _recurrent_pair(kind: str, b: int = 32, n: int = 50, d: int = 256, layers: i
     ours = Recurrent(kind, d, d, layers)
     ours.load_state_dict(reference.state_dict())
     x = torch.randn(b, n, d)
-    flops = 3 * 2 * b * n * sum(weight.numel() for weight in ours.parameters()
-                                if weight.ndim == 2)
-    works = [training_step(lambda x, net=net: net(x)[0], x)
-             for net in (ours, reference)]
+    flops = (
+        3
+        * 2
+        * b
+        * n
+        * sum(weight.numel() for weight in ours.parameters() if weight.ndim == 2)
+    )
+    works = [
+        training_step(lambda x, net=net: net(x)[0], x) for net in (ours, reference)
+    ]
     return *works, flops
 
 
 for kind in ("lstm", "gru"):
     benchmark_pair(f"Recurrent {kind} vs torch.nn.{kind.upper()}")(
-        partial(_recurrent_pair, kind))
+        partial(_recurrent_pair, kind)
+    )
 
 # %% ../../nbs/sequence/01_cells.ipynb #a4bf373c
 class ConvStack(nn.Module):
@@ -239,16 +316,24 @@ class ConvStack(nn.Module):
     One layer for each of `dilations`; `reach` is how many words the last one sees,
     itself included."""
 
-    def __init__(self, input_size: int, hidden_size: int, kernel_size: int = 3,
-                 dilations: tuple[int, ...] = (1, 1, 1, 1)) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        kernel_size: int = 3,
+        dilations: tuple[int, ...] = (1, 1, 1, 1),
+    ) -> None:
         super().__init__()
         widths = [input_size] + [hidden_size] * len(dilations)
-        self.layers = nn.ModuleList(nn.Conv1d(a, b, kernel_size, dilation=r)
-                                    for a, b, r in zip(widths, widths[1:], dilations))
+        self.layers = nn.ModuleList(
+            nn.Conv1d(a, b, kernel_size, dilation=r)
+            for a, b, r in zip(widths, widths[1:], dilations)
+        )
         self.reach = 1 + (kernel_size - 1) * sum(dilations)
 
-    def forward(self, x: Float[Tensor, "b n i"],
-                mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n h"]:
+    def forward(
+        self, x: Float[Tensor, "b n i"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n h"]:
         "`mask` is not needed: padding stands on the right, where no word looks."
         x = x.transpose(1, 2)
         for layer in self.layers:
@@ -272,67 +357,102 @@ class AttentionReader(nn.Module):
     """Positions added to the words, then one block of attention and a perceptron: (b n
     d) gives (b n d)."""
 
-    def __init__(self, input_size: int, hidden_size: int,
-                 num_attention_heads: int = 4) -> None:
+    def __init__(
+        self, input_size: int, hidden_size: int, num_attention_heads: int = 4
+    ) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(input_size, num_attention_heads)
         self.first, self.second = nn.LayerNorm(input_size), nn.LayerNorm(input_size)
-        self.perceptron = nn.Sequential(nn.Linear(input_size, hidden_size), nn.ReLU(),
-                                        nn.Linear(hidden_size, input_size))
+        self.perceptron = nn.Sequential(
+            nn.Linear(input_size, hidden_size),
+            nn.ReLU(),
+            nn.Linear(hidden_size, input_size),
+        )
 
-    def forward(self, x: Float[Tensor, "b n d"],
-                mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
         x = x + sinusoidal_table(x.shape[1], x.shape[2]).to(x)
         x = self.first(x + self.attention(x, mask=mask))
         return self.second(x + self.perceptron(x))
 
 
-READERS = {"rnn": partial(Recurrent, "rnn_tanh"), "lstm": partial(Recurrent, "lstm"),
-           "gru": partial(Recurrent, "gru"), "conv": ConvStack,
-           "dilated": partial(ConvStack, dilations=(1, 2, 4, 8)),
-           "wide": partial(ConvStack, kernel_size=5, dilations=(1,)),
-           "attention": AttentionReader}
+READERS = {
+    "rnn": partial(Recurrent, "rnn_tanh"),
+    "lstm": partial(Recurrent, "lstm"),
+    "gru": partial(Recurrent, "gru"),
+    "conv": ConvStack,
+    "dilated": partial(ConvStack, dilations=(1, 2, 4, 8)),
+    "wide": partial(ConvStack, kernel_size=5, dilations=(1,)),
+    "attention": AttentionReader,
+}
 
 
 class Classifier(nn.Module):
     """Words to classes: embeddings, a reader, and a linear layer on its last output or,
     with a mask, on the mean of its outputs over the words."""
 
-    def __init__(self, reader: str, vocab_size: int, num_classes: int, width: int = 64,
-                 hidden_size: int = 64, open_gates: float = 0.0) -> None:
+    def __init__(
+        self,
+        reader: str,
+        vocab_size: int,
+        num_classes: int,
+        width: int = 64,
+        hidden_size: int = 64,
+        open_gates: float = 0.0,
+    ) -> None:
         super().__init__()
         check_choice(tuple(READERS), reader=reader)
         self.embedding = nn.Embedding(vocab_size, width)
         self.reader = READERS[reader](width, hidden_size)
         if open_gates:
             open_gates_(self.reader, open_gates)
-        self.head = nn.Linear(width if reader == "attention" else hidden_size,
-                              num_classes)
+        self.head = nn.Linear(
+            width if reader == "attention" else hidden_size, num_classes
+        )
 
-    def forward(self, ids: Int[Tensor, "b n"],
-                mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b c"]:
+    def forward(
+        self, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b c"]:
         output = self.reader(self.embedding(ids), mask)
         y = output[0] if isinstance(output, tuple) else output
-        return self.head(y[:, -1] if mask is None
-                         else (y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        return self.head(
+            y[:, -1]
+            if mask is None
+            else (y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        )
 
 # %% ../../nbs/sequence/01_cells.ipynb #9a8069bb
 LAGS, REACHES = (5, 10, 20, 40, 80), {"conv": 9, "dilated": 31}
-_MEMORIES = [("rnn", 0.0, 5), ("lstm", 0.0, 5), ("lstm", 3.0, 5), ("gru", 0.0, 5),
-             ("gru", 3.0, 5), ("conv", 0.0, 3), ("dilated", 0.0, 4),
-             ("attention", 0.0, 5)]
+_MEMORIES = [
+    ("rnn", 0.0, 5),
+    ("lstm", 0.0, 5),
+    ("lstm", 3.0, 5),
+    ("gru", 0.0, 5),
+    ("gru", 3.0, 5),
+    ("conv", 0.0, 3),
+    ("dilated", 0.0, 4),
+    ("attention", 0.0, 5),
+]
 
 
-_RECALL = [dict(reader=reader, open_gates=bias, lag=lag)
-           for reader, bias, lags in _MEMORIES for lag in LAGS[:lags]]
-_REACH = [dict(reader=reader, open_gates=0.0, lag=reach + beyond)
-          for reader, reach in REACHES.items() for beyond in (-2, -1, 0, 1)]
+_RECALL = [
+    dict(reader=reader, open_gates=bias, lag=lag)
+    for reader, bias, lags in _MEMORIES
+    for lag in LAGS[:lags]
+]
+_REACH = [
+    dict(reader=reader, open_gates=0.0, lag=reach + beyond)
+    for reader, reach in REACHES.items()
+    for beyond in (-2, -1, 0, 1)
+]
 
 
 @experiment("cells", "recall", _RECALL, seeds=range(4))
 @experiment("cells", "reach", _REACH, seeds=range(4))
-def recall(seed: int, reader: str, open_gates: float, lag: int,
-           steps: int = 400) -> dict:
+def recall(
+    seed: int, reader: str, open_gates: float, lag: int, steps: int = 400
+) -> dict:
     """Train one reader to recall a symbol over `lag` words of noise: accuracy on 1,024
     fresh rows, and the steps that it took."""
     torch.manual_seed(seed)
@@ -350,20 +470,26 @@ def recall(seed: int, reader: str, open_gates: float, lag: int,
             break
     with torch.no_grad():
         ids, symbol = recall_batch(lag, 1024)
-        return {"accuracy": (model(ids).argmax(-1) == symbol).float().mean().item(),
-                "steps": step}
+        return {
+            "accuracy": (model(ids).argmax(-1) == symbol).float().mean().item(),
+            "steps": step,
+        }
 
 # %% ../../nbs/sequence/01_cells.ipynb #50c0fa6e
 @lru_cache
 def _verses() -> tuple[Vocabulary, dict[str, tuple[list, Tensor]], list[str]]:
     """The vocabulary of the training verses, each split as (rows of at most 40 ids,
     labels), and the names of the sections."""
-    splits = {split: text_classification("kjv-sections", split)
-              for split in ("train", "valid", "test")}
+    splits = {
+        split: text_classification("kjv-sections", split)
+        for split in ("train", "valid", "test")
+    }
     vocabulary = Vocabulary.build(splits["train"][0], min_count=3)
     encode = lambda texts: [vocabulary.encode(text)[:40] for text in texts]
-    encoded = {split: (encode(texts), torch.tensor(labels))
-               for split, (texts, labels, _) in splits.items()}
+    encoded = {
+        split: (encode(texts), torch.tensor(labels))
+        for split, (texts, labels, _) in splits.items()
+    }
     return vocabulary, encoded, splits["train"][2]
 
 # %% ../../nbs/sequence/01_cells.ipynb #a02f8bf8
@@ -374,13 +500,18 @@ def baselines(seed: int) -> dict:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    (texts, labels, _), (test, truth, _) = (text_classification("kjv-sections", split)
-                                            for split in ("train", "test"))
-    bag = make_pipeline(TfidfVectorizer(sublinear_tf=True),
-                        LogisticRegression(C=10, max_iter=1000)).fit(texts, labels)
+
+    (texts, labels, _), (test, truth, _) = (
+        text_classification("kjv-sections", split) for split in ("train", "test")
+    )
+    bag = make_pipeline(
+        TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
+    ).fit(texts, labels)
     common = max(set(labels), key=labels.count)
-    return {"majority": truth.count(common) / len(truth),
-            "bag of words": float(bag.score(test, truth))}
+    return {
+        "majority": truth.count(common) / len(truth),
+        "bag of words": float(bag.score(test, truth)),
+    }
 
 # %% ../../nbs/sequence/01_cells.ipynb #0fbbed10
 WIDTHS = {"rnn": 186, "lstm": 80, "gru": 96, "conv": 62, "wide": 145, "attention": 230}
@@ -390,16 +521,26 @@ def section_classifier(reader: str) -> Classifier:
     """A reader of the size at which all have the same number of weights, for the six
     sections."""
     vocabulary, _, names = _verses()
-    return Classifier(reader, len(vocabulary), len(names), 64, WIDTHS[reader],
-                      open_gates=1.0 if reader in ("lstm", "gru") else 0.0)
+    return Classifier(
+        reader,
+        len(vocabulary),
+        len(names),
+        64,
+        WIDTHS[reader],
+        open_gates=1.0 if reader in ("lstm", "gru") else 0.0,
+    )
 
 # %% ../../nbs/sequence/01_cells.ipynb #15b13cc1
 def _predict(model: Classifier, rows: list[list[int]]) -> Tensor:
     "The classes of rows of ids (rows,)."
     model.eval()
     with torch.no_grad():
-        return torch.cat([model(*pad_ids(rows[i:i + 256])).argmax(-1)
-                          for i in range(0, len(rows), 256)])
+        return torch.cat(
+            [
+                model(*pad_ids(rows[i : i + 256])).argmax(-1)
+                for i in range(0, len(rows), 256)
+            ]
+        )
 
 
 _SECTIONS = [dict(reader=reader) for reader in WIDTHS] + [dict(reader="gru", steps=40)]
@@ -415,8 +556,9 @@ def sections(seed: int, reader: str, steps: int | None = None, epochs: int = 2) 
     (rows, labels), (test, truth) = verses["train"], verses["test"]
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     batches = TokenBatches([len(row) for row in rows], batch_size=64, seed=seed)
-    for batch in [batch for epoch in range(epochs)
-                  for batch in batches.epoch(epoch)][:steps]:
+    for batch in [batch for epoch in range(epochs) for batch in batches.epoch(epoch)][
+        :steps
+    ]:
         model.train()
         ids, mask = pad_ids([rows[i] for i in batch])
         # a tenth of the words unknown: against learning by heart
@@ -427,6 +569,8 @@ def sections(seed: int, reader: str, steps: int | None = None, epochs: int = 2) 
         optimizer.step()
     mixed = [[row[i] for i in torch.randperm(len(row))] for row in test]
     answers, shuffled = _predict(model, test), _predict(model, mixed)
-    return {"accuracy": (answers == truth).float().mean().item(),
-            "shuffled": (shuffled == truth).float().mean().item(),
-            "answers": answers.tolist()}
+    return {
+        "accuracy": (answers == truth).float().mean().item(),
+        "shuffled": (shuffled == truth).float().mean().item(),
+        "answers": answers.tolist(),
+    }

@@ -24,7 +24,10 @@ from ..data.tasks import TranslationTask, create_task, translation_scores
 from ..data.translation import nearest_neighbour_translate
 from ..foundations.attention import Attend, attention_weights
 from attn_notes.foundations.checks import (
-    ConfigError, InputError, check_positive, check_probability,
+    ConfigError,
+    InputError,
+    check_positive,
+    check_probability,
 )
 from ..foundations.masks import expand_mask
 from ..foundations.positions import LearnedPositions
@@ -51,12 +54,16 @@ class PlacedWords(nn.Module):
         for table in self.parameters():
             nn.init.normal_(table, std=0.1)
 
-    def forward(self, ids: Int[Tensor, "b n"], start: int = 0) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, ids: Int[Tensor, "b n"], start: int = 0
+    ) -> Float[Tensor, "b n d"]:
         "Vectors e (b n d) of the words `ids`, of which the first stands at position `start`."
         return self.dropout(self.words(ids) + self.positions(ids.shape[1], start))
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #1b01a6e8
-def normalised(layer: nn.Linear | nn.Conv1d, gain: float = 1.0, dropout: float = 0.0) -> nn.Module:
+def normalised(
+    layer: nn.Linear | nn.Conv1d, gain: float = 1.0, dropout: float = 0.0
+) -> nn.Module:
     """The layer with normal weights of variance gain (1 - dropout) / inputs, zero biases,
     and weight normalisation, eq. (eq-weight-norm)."""
     inputs = layer.weight[0].numel()
@@ -91,12 +98,13 @@ def receptive_field(kernels: tuple[int, ...]) -> int:
 class ConvS2SConfig:
     """Sizes of a convolutional encoder-decoder; both stacks have the same layers.
     The defaults are fairseq's for WMT14 English-German."""
+
     source_vocab_size: int = 40_000
     target_vocab_size: int = 40_000
-    hidden_size: int = 768                                # width of the embeddings, of z and e
+    hidden_size: int = 768  # width of the embeddings, of z and e
     conv_dim: tuple[int, ...] = (512,) * 9 + (1024,) * 4 + (2048,) * 2
-    conv_kernel: tuple[int, ...] = (3,) * 13 + (1,) * 2   # as many as widths, odd
-    output_size: int = 512                                # width in front of the vocabulary
+    conv_kernel: tuple[int, ...] = (3,) * 13 + (1,) * 2  # as many as widths, odd
+    output_size: int = 512  # width in front of the vocabulary
     max_position_embeddings: int = 1024
     dropout: float = 0.1
     pad_token_id: int = 0
@@ -109,19 +117,27 @@ class ConvS2SConfig:
 # %% ../../nbs/sequence/03_convs2s.ipynb #cc9a27ce
 def _check_config(self: ConvS2SConfig) -> None:
     "ConfigError unless every layer has a width and an odd kernel, and the sizes make sense."
-    names = ("source_vocab_size", "target_vocab_size", "hidden_size", "output_size",
-             "max_position_embeddings")
+    names = (
+        "source_vocab_size",
+        "target_vocab_size",
+        "hidden_size",
+        "output_size",
+        "max_position_embeddings",
+    )
     check_positive(**{name: getattr(self, name) for name in names})
     check_probability(dropout=self.dropout)
     widths, kernels = len(self.conv_dim), len(self.conv_kernel)
     if not widths or widths != kernels:
-        raise ConfigError("conv_dim and conv_kernel: expected a width and a kernel for every "
-                          f"layer; got {widths} and {kernels}")
+        raise ConfigError(
+            "conv_dim and conv_kernel: expected a width and a kernel for every "
+            f"layer; got {widths} and {kernels}"
+        )
     for width, kernel in zip(self.conv_dim, self.conv_kernel):
         check_positive(conv_dim=width, conv_kernel=kernel)
         if kernel % 2 == 0:
-            raise ConfigError("conv_kernel: expected odd kernels, which have a middle; "
-                              f"got {kernel}")
+            raise ConfigError(
+                f"conv_kernel: expected odd kernels, which have a middle; got {kernel}"
+            )
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #5cd50eb4
 class ScaleGradient(torch.autograd.Function):
@@ -159,7 +175,9 @@ class ConvEncoder(nn.Module):
 # %% ../../nbs/sequence/03_convs2s.ipynb #5a519662
 @patch
 def forward(
-    self: ConvEncoder, source: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"],
+    self: ConvEncoder,
+    source: Int[Tensor, "b n"],
+    mask: Bool[Tensor, "b n"],
 ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
     "Keys and values (b n d) for source ids (b n); `mask` is True on real words."
     e = self.embed(source)
@@ -176,13 +194,19 @@ class PlainAttend(Attend):
     "Softmax attention of plain dot products, eq. (eq-conv-attention), not divided by sqrt(d)."
 
     def weights(
-        self, q: Tensor, k: Tensor, mask: Tensor | None = None,
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None = None,
     ) -> Float[Tensor, "b h n m"]:
         return attention_weights(q, k, mask, scale=1.0)
 
     def forward(
-        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m c"], mask: Bool[Tensor, "b m"] | None = None,
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        v: Float[Tensor, "b h m c"],
+        mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b h n c"]:
         "Outputs (b h n c); `mask` is True on the keys that may be seen."
         if self.record is not None:
@@ -201,11 +225,17 @@ class StepAttention(nn.Module):
         self.output = normalised(nn.Linear(hidden_size, width))
 
     def forward(
-        self, v: Float[Tensor, "b m w"], g: Float[Tensor, "b m d"], keys: Float[Tensor, "b n d"],
-        values: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"],
+        self,
+        v: Float[Tensor, "b m w"],
+        g: Float[Tensor, "b m d"],
+        keys: Float[Tensor, "b n d"],
+        values: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"],
     ) -> Float[Tensor, "b m w"]:
         d = (self.query(v) + g) * SQRT_HALF
-        context = self.attend(d[:, None], keys[:, None], values[:, None], mask)[:, 0]   # one head
+        context = self.attend(d[:, None], keys[:, None], values[:, None], mask)[
+            :, 0
+        ]  # one head
         return (self.output(context) + v) * SQRT_HALF
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #1366d745
@@ -221,13 +251,20 @@ class ConvDecoder(nn.Module):
         self.attention = nn.ModuleList(StepAttention(w, width) for w in config.conv_dim)
         self.leave = normalised(nn.Linear(config.conv_dim[-1], out))
         self.dropout = nn.Dropout(dropout)
-        self.vocabulary = normalised(nn.Linear(out, config.target_vocab_size), dropout=dropout)
+        self.vocabulary = normalised(
+            nn.Linear(out, config.target_vocab_size), dropout=dropout
+        )
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #b0fa5eb1
 @patch
 def forward(
-    self: ConvDecoder, words: Int[Tensor, "b m"], start: int, past: tuple[Tensor, ...],
-    keys: Float[Tensor, "b n d"], values: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"],
+    self: ConvDecoder,
+    words: Int[Tensor, "b m"],
+    start: int,
+    past: tuple[Tensor, ...],
+    keys: Float[Tensor, "b n d"],
+    values: Float[Tensor, "b n d"],
+    mask: Bool[Tensor, "b n"],
 ) -> tuple[Float[Tensor, "b m v"], tuple[Tensor, ...]]:
     """Logits (b m v) of what follows each of `words`, whose first stands at position `start`,
     and the last k - 1 inputs of every layer."""
@@ -235,31 +272,60 @@ def forward(
     h, kept = self.enter(g), []
     for layer, attention, before in zip(self.layers, self.attention, past):
         window = torch.cat([before, h], 1)
-        kept.append(window[:, window.shape[1] - before.shape[1]:])
+        kept.append(window[:, window.shape[1] - before.shape[1] :])
         u = attention(layer(window), g, keys, values, mask)
         h = (u + layer.bypass(h)) * SQRT_HALF
     return self.vocabulary(self.dropout(self.leave(h))), tuple(kept)
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #575900cd
-SMALL = {"source_vocab_size": 1000, "target_vocab_size": 1000, "hidden_size": 96,
-         "conv_dim": (96,) * 3, "conv_kernel": (3,) * 3, "output_size": 96,
-         "max_position_embeddings": 64}
+SMALL = {
+    "source_vocab_size": 1000,
+    "target_vocab_size": 1000,
+    "hidden_size": 96,
+    "conv_dim": (96,) * 3,
+    "conv_kernel": (3,) * 3,
+    "output_size": 96,
+    "max_position_embeddings": 64,
+}
 RECIPES = {
     "tiny": Recipe(
-        optimizer="adam", learning_rate=3e-3, betas=(0.9, 0.98), clip_norm=1.0, batch_size=64,
-        max_steps=800, warmup_steps=100, schedule="step_decay",
-        schedule_options={"milestones": [400, 600], "decay": 0.3}),
+        optimizer="adam",
+        learning_rate=3e-3,
+        betas=(0.9, 0.98),
+        clip_norm=1.0,
+        batch_size=64,
+        max_steps=800,
+        warmup_steps=100,
+        schedule="step_decay",
+        schedule_options={"milestones": [400, 600], "decay": 0.3},
+    ),
     "paper": Recipe(
-        optimizer="sgd", learning_rate=0.25, momentum=0.99, clip_norm=0.1, batch_size=48,
-        max_steps=18 * 93_750, schedule="step_decay",
-        schedule_options={"milestones": [e * 93_750 for e in (15, 16, 17)], "decay": 0.1}),
+        optimizer="sgd",
+        learning_rate=0.25,
+        momentum=0.99,
+        clip_norm=0.1,
+        batch_size=48,
+        max_steps=18 * 93_750,
+        schedule="step_decay",
+        schedule_options={
+            "milestones": [e * 93_750 for e in (15, 16, 17)],
+            "decay": 0.1,
+        },
+    ),
 }
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #082189bb
-@register_model("convs2s", ConvS2SConfig(), paper="Gehring et al. 2017",
-                chapter="sequence/03_convs2s", task="translation", parameters=209_569_920,
-                figures={"layers": "15 + 15", "BLEU newstest2014 en-de": 25.16},
-                recipes=RECIPES, tiny=SMALL)
+@register_model(
+    "convs2s",
+    ConvS2SConfig(),
+    paper="Gehring et al. 2017",
+    chapter="sequence/03_convs2s",
+    task="translation",
+    parameters=209_569_920,
+    figures={"layers": "15 + 15", "BLEU newstest2014 en-de": 25.16},
+    recipes=RECIPES,
+    tiny=SMALL,
+)
 class ConvS2S(Seq2Seq):
     """Convolutional encoder-decoder (Gehring et al. 2017), in the frame of `Seq2Seq`:
     `encode` makes a state from a source, `decode` turns words and a state into logits and
@@ -272,47 +338,77 @@ class ConvS2S(Seq2Seq):
         self.decoder = ConvDecoder(config)
 
     def generate(
-        self, source: Int[Tensor, "b n"], source_mask: Bool[Tensor, "b n"] | None = None,
-        max_new_tokens: int = 50, num_beams: int = 1, length_penalty: float = 1.0,
+        self,
+        source: Int[Tensor, "b n"],
+        source_mask: Bool[Tensor, "b n"] | None = None,
+        max_new_tokens: int = 50,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
     ) -> Int[Tensor, "b t"]:
         """As `Seq2Seq.generate`; also InputError for more words than there are positions.
         Weights are put together once, not at every step."""
         limit = self.config.max_position_embeddings
         if max_new_tokens > limit:
-            raise InputError(f"max_new_tokens: expected at most {limit}, the number of positions; "
-                             f"got {max_new_tokens}")
+            raise InputError(
+                f"max_new_tokens: expected at most {limit}, the number of positions; "
+                f"got {max_new_tokens}"
+            )
         with parametrize.cached():
-            return super().generate(source, source_mask, max_new_tokens, num_beams, length_penalty)
+            return super().generate(
+                source, source_mask, max_new_tokens, num_beams, length_penalty
+            )
 
     @staticmethod
     def example_inputs(
-        config: ConvS2SConfig, batch_size: int = 2, device: torch.device | str | None = None,
+        config: ConvS2SConfig,
+        batch_size: int = 2,
+        device: torch.device | str | None = None,
     ) -> tuple[Tensor, ...]:
         "Random (source, target_in, source_mask) of 7 and 5 words, the last source 3 words shorter."
-        source = torch.randint(4, config.source_vocab_size, (batch_size, 7), device=device)
+        source = torch.randint(
+            4, config.source_vocab_size, (batch_size, 7), device=device
+        )
         source_mask = torch.ones_like(source, dtype=torch.bool)
         source_mask[-1, -3:] = False
-        target_in = torch.randint(4, config.target_vocab_size, (batch_size, 5), device=device)
+        target_in = torch.randint(
+            4, config.target_vocab_size, (batch_size, 5), device=device
+        )
         return source, target_in, source_mask
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #5b48a690
 @patch
 def encode(
-    self: ConvS2S, source: Int[Tensor, "b n"], source_mask: Bool[Tensor, "b n"] | None = None,
+    self: ConvS2S,
+    source: Int[Tensor, "b n"],
+    source_mask: Bool[Tensor, "b n"] | None = None,
 ) -> dict[str, Any]:
     """The state at the start of a translation: keys and values (b n d) of the source,
     its mask, and an empty past for every decoder layer."""
-    mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
+    mask = (
+        torch.ones_like(source, dtype=torch.bool)
+        if source_mask is None
+        else source_mask
+    )
     keys, values = self.encoder(source, mask)
     m = mask.sum(1).to(values.dtype)[:, None, None]
-    past = tuple(keys.new_zeros(keys.shape[0], layer.kernel - 1, layer.inputs)
-                 for layer in self.decoder.layers)
-    return {"keys": keys, "values": values * m.sqrt(), "mask": mask, "past": past, "start": 0}
+    past = tuple(
+        keys.new_zeros(keys.shape[0], layer.kernel - 1, layer.inputs)
+        for layer in self.decoder.layers
+    )
+    return {
+        "keys": keys,
+        "values": values * m.sqrt(),
+        "mask": mask,
+        "past": past,
+        "start": 0,
+    }
 
 
 @patch
 def decode(
-    self: ConvS2S, words: Int[Tensor, "b m"], state: dict[str, Any],
+    self: ConvS2S,
+    words: Int[Tensor, "b m"],
+    state: dict[str, Any],
 ) -> tuple[Float[Tensor, "b m v"], dict[str, Any]]:
     "Logits (b m v) of what follows each of the next `words`, and the state after them."
     logits, past = self.decoder(words, **state)
@@ -320,7 +416,9 @@ def decode(
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #59a5b8c0
 def trained(
-    seed: int, holdout: str, max_steps: int = RECIPES["tiny"].max_steps,
+    seed: int,
+    holdout: str,
+    max_steps: int = RECIPES["tiny"].max_steps,
 ) -> tuple[ConvS2S, TranslationTask, History]:
     """A small model trained on CLDR en-fr for the first `max_steps` of the tiny recipe,
     its task, and the history of the run."""
@@ -334,7 +432,10 @@ def trained(
 def loss_curve(history: History, every: int = 20) -> list[float]:
     "The training loss of a run, mean over each `every` steps."
     losses = [row["loss"] for row in history]
-    return [round(sum(losses[i:i + every]) / every, 4) for i in range(0, len(losses), every)]
+    return [
+        round(sum(losses[i : i + every]) / every, 4)
+        for i in range(0, len(losses), every)
+    ]
 
 
 SPLITS = [{"holdout": "random"}, {"holdout": "unit"}]
@@ -347,10 +448,15 @@ def translation(seed: int, holdout: str) -> dict[str, Any]:
     its weights are stored in half precision, with their task."""
     model, task, history = trained(seed, holdout)
     scores, test = task.evaluate(model, split="test"), task.pairs("test")
-    known = nearest_neighbour_translate(task.pairs("train"), [pair.source for pair in test])
+    known = nearest_neighbour_translate(
+        task.pairs("train"), [pair.source for pair in test]
+    )
     baseline = translation_scores(known, [pair.target for pair in test], "fr")
     if (seed, holdout) == (0, "random"):
         model.half().save_pretrained(weights_folder("convs2s"))
         task.save(weights_folder("convs2s"))
-    return {**scores, **{f"baseline_{name}": score for name, score in baseline.items()},
-            "curve": loss_curve(history)}
+    return {
+        **scores,
+        **{f"baseline_{name}": score for name, score in baseline.items()},
+        "curve": loss_curve(history),
+    }

@@ -19,12 +19,24 @@ from torch import Tensor, nn
 
 from ..foundations.attention import Attend, attention_weights
 from attn_notes.foundations.checks import (
-    ConfigError, InputError, check_choice, check_id_values, check_ids, check_mask_rows, check_mask_shape,
-    check_positive, check_probability,
+    ConfigError,
+    InputError,
+    check_choice,
+    check_id_values,
+    check_ids,
+    check_mask_rows,
+    check_mask_shape,
+    check_positive,
+    check_probability,
 )
 from ..foundations.initialisation import init_uniform_
 from ..foundations.masks import expand_mask
-from ..foundations.search import beam_search, check_counts, greedy_search, row_bounds
+from attn_notes.foundations.search import (
+    beam_search,
+    check_counts,
+    greedy_search,
+    row_bounds,
+)
 from .cells import Recurrent
 from ..training.recipes import Recipe
 from ..zoo.checkpoints import PretrainedMixin
@@ -35,7 +47,7 @@ def reverse_words(x: Tensor, mask: Bool[Tensor, "b n"]) -> Tensor:
     """Each row of `x` (b n ...) reversed inside its own length; the padding, on the right, stays where it is
     (Sutskever section 3.3)."""
     place = torch.arange(x.shape[1], device=x.device)
-    index = mask.sum(1, keepdim=True) - 1 - place                          # b n
+    index = mask.sum(1, keepdim=True) - 1 - place  # b n
     index = torch.where(index < 0, place, index)
     return x.gather(1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand_as(x))
 
@@ -53,11 +65,11 @@ class Seq2SeqConfig:
     hidden_size: int = 1000
     num_hidden_layers: int = 4
     reverse_source: bool = True
-    bidirectional: bool = False           # the encoder reads both ways
-    attention_size: int = 1000            # Bahdanau: hidden units of the score
-    maxout_size: int = 500                # Cho, Bahdanau: units of the output layer
-    score: str = "general"                # Luong: "dot" or "general"
-    input_feeding: bool = True            # Luong
+    bidirectional: bool = False  # the encoder reads both ways
+    attention_size: int = 1000  # Bahdanau: hidden units of the score
+    maxout_size: int = 500  # Cho, Bahdanau: units of the output layer
+    score: str = "general"  # Luong: "dot" or "general"
+    input_feeding: bool = True  # Luong
     dropout: float = 0.0
     initializer_range: float = 0.08
     pad_token_id: int = 0
@@ -79,8 +91,14 @@ class Encoder(nn.Module):
         self.reverse = config.reverse_source
         self.embedding = nn.Embedding(config.source_vocab_size, config.embedding_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.recurrent = Recurrent(kind, config.embedding_size, direction_size, config.num_hidden_layers,
-                                   bidirectional=config.bidirectional, dropout=config.dropout)
+        self.recurrent = Recurrent(
+            kind,
+            config.embedding_size,
+            direction_size,
+            config.num_hidden_layers,
+            bidirectional=config.bidirectional,
+            dropout=config.dropout,
+        )
 
     def turn(self, x: Tensor, mask: Bool[Tensor, "b n"] | None) -> Tensor:
         """`x` (b n ...) from its last word to its first, if the configuration says so; turning twice changes nothing."""
@@ -88,7 +106,9 @@ class Encoder(nn.Module):
             return x
         return x.flip(1) if mask is None else reverse_words(x, mask)
 
-    def forward(self, source: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None):
+    def forward(
+        self, source: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None
+    ):
         """The top outputs (b n k*h) in the order of the source, and the final states, each (b layers k*h),
         for k directions."""
         embedded = self.dropout(self.embedding(self.turn(source, mask)))
@@ -96,10 +116,14 @@ class Encoder(nn.Module):
         return self.turn(outputs, mask), batch_first(final, self.recurrent.num_layers)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #780fd4f1
-def batch_first(state: Tensor | tuple[Tensor, ...], num_layers: int) -> tuple[Tensor, ...]:
+def batch_first(
+    state: Tensor | tuple[Tensor, ...], num_layers: int
+) -> tuple[Tensor, ...]:
     """torch's final states (layers*k b h) as a tuple of (b layers k*h), the k directions side by side."""
     states = (state,) if isinstance(state, Tensor) else state
-    return tuple(s.unflatten(0, (num_layers, -1)).permute(2, 0, 1, 3).flatten(2) for s in states)
+    return tuple(
+        s.unflatten(0, (num_layers, -1)).permute(2, 0, 1, 3).flatten(2) for s in states
+    )
 
 
 def layer_first(state: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -112,9 +136,13 @@ class Seq2Seq(nn.Module, PretrainedMixin):
     """The frame of the four models. A subclass gives `encode(source, source_mask)` -> state, a dict of
     tensors, batch first, and `decode(words (b m), state)` -> logits (b m v) and the state after those words."""
 
-    def forward(self, source: Int[Tensor, "b n"], target_in: Int[Tensor, "b m"],
-                source_mask: Bool[Tensor, "b n"] | None = None,
-                target_mask: Bool[Tensor, "b m"] | None = None) -> Float[Tensor, "b m v"]:
+    def forward(
+        self,
+        source: Int[Tensor, "b n"],
+        target_in: Int[Tensor, "b m"],
+        source_mask: Bool[Tensor, "b n"] | None = None,
+        target_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b m v"]:
         """Teacher forcing: the logits of every next word, given the target shifted right (eq-s2s-chain).
 
         Masks are True on real words; padding stands on the right. `target_mask` is there because every
@@ -127,16 +155,28 @@ class Seq2Seq(nn.Module, PretrainedMixin):
     @staticmethod
     def example_inputs(config, batch_size: int = 2, device=None):
         """Random (source, target_in, source_mask, target_mask) of 7 and 5 words, the last source 3 words shorter."""
-        source = torch.randint(3, config.source_vocab_size, (batch_size, 7), device=device)
-        target_in = torch.randint(3, config.target_vocab_size, (batch_size, 5), device=device)
+        source = torch.randint(
+            3, config.source_vocab_size, (batch_size, 7), device=device
+        )
+        target_in = torch.randint(
+            3, config.target_vocab_size, (batch_size, 5), device=device
+        )
         source_mask = torch.ones_like(source, dtype=torch.bool)
         source_mask[-1, -3:] = False
-        return source, target_in, source_mask, torch.ones_like(target_in, dtype=torch.bool)
+        return (
+            source,
+            target_in,
+            source_mask,
+            torch.ones_like(target_in, dtype=torch.bool),
+        )
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #34861082
 def check_pair(source, target_in, source_mask=None, target_mask=None) -> None:
     """InputError unless ids and masks have the ranks, types and sizes of a forward call; reads no data."""
-    for name, ids, mask in (("source", source, source_mask), ("target_in", target_in, target_mask)):
+    for name, ids, mask in (
+        ("source", source, source_mask),
+        ("target_in", target_in, target_mask),
+    ):
         check_ids(ids, name)
         if mask is not None:
             check_mask_shape(mask, ids.shape, name.replace("_in", "") + "_mask")
@@ -149,7 +189,9 @@ def direction_size(config: Seq2SeqConfig) -> int:
     """The width of one direction of an encoder whose final state must fit a decoder of `hidden_size`;
     ConfigError if it is odd."""
     if config.bidirectional and config.hidden_size % 2:
-        raise ConfigError(f"hidden_size must be even, for a half in each direction; got {config.hidden_size}")
+        raise ConfigError(
+            f"hidden_size must be even, for a half in each direction; got {config.hidden_size}"
+        )
     return config.hidden_size // (2 if config.bidirectional else 1)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #8a725c2f
@@ -164,8 +206,13 @@ class Seq2SeqLSTM(Seq2Seq):
         self.config = config
         self.encoder = Encoder(config, "lstm", direction_size(config))
         self.embedding = nn.Embedding(config.target_vocab_size, config.embedding_size)
-        self.decoder = Recurrent("lstm", config.embedding_size, config.hidden_size, config.num_hidden_layers,
-                                 dropout=config.dropout)
+        self.decoder = Recurrent(
+            "lstm",
+            config.embedding_size,
+            config.hidden_size,
+            config.num_hidden_layers,
+            dropout=config.dropout,
+        )
         self.output = nn.Linear(config.hidden_size, config.target_vocab_size)
         self.dropout = nn.Dropout(config.dropout)
         init_uniform_(self, config.initializer_range)
@@ -177,13 +224,21 @@ class Seq2SeqLSTM(Seq2Seq):
     def decode(self, words, state):
         embedded = self.dropout(self.embedding(words))
         hidden, final = self.decoder(embedded, state=layer_first(state["recurrent"]))
-        return self.output(self.dropout(hidden)), {"recurrent": batch_first(final, self.config.num_hidden_layers)}
+        return self.output(self.dropout(hidden)), {
+            "recurrent": batch_first(final, self.config.num_hidden_layers)
+        }
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #340c1c37
 @patch
 @torch.no_grad()
-def generate(self: Seq2Seq, source: Int[Tensor, "b n"], source_mask: Bool[Tensor, "b n"] | None = None,
-             max_new_tokens: int | Int[Tensor, "b"] = 50, num_beams: int = 1, length_penalty: float = 1.0) -> Int[Tensor, "b t"]:
+def generate(
+    self: Seq2Seq,
+    source: Int[Tensor, "b n"],
+    source_mask: Bool[Tensor, "b n"] | None = None,
+    max_new_tokens: int | Int[Tensor, "b"] = 50,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+) -> Int[Tensor, "b t"]:
     """Translations as ids (b t): without the start symbol, with the end symbol, then padding (Sutskever section 3.2).
 
     Raises InputError for ids outside the vocabulary, a mask that hides a row, a beam or a limit below 1.
@@ -194,19 +249,32 @@ def generate(self: Seq2Seq, source: Int[Tensor, "b n"], source_mask: Bool[Tensor
         check_mask_shape(source_mask, source.shape, "source_mask")
         check_mask_rows(source_mask, "source_mask")
     check_counts(num_beams=num_beams)
-    row_bounds(max_new_tokens, len(source), source.device)             # refused here, before the source is read
+    row_bounds(
+        max_new_tokens, len(source), source.device
+    )  # refused here, before the source is read
 
     def step(last, state):
         logits, state = self.decode(last[:, None], state)
         return logits[:, 0], state
 
     c = self.config
-    known = dict(batch_size=len(source), bos_id=c.bos_token_id, eos_id=c.eos_token_id, pad_id=c.pad_token_id,
-                 max_new_tokens=max_new_tokens, device=source.device)
+    known = dict(
+        batch_size=len(source),
+        bos_id=c.bos_token_id,
+        eos_id=c.eos_token_id,
+        pad_id=c.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        device=source.device,
+    )
     if num_beams == 1:
         return greedy_search(step, self.encode(source, source_mask), **known)
-    return beam_search(step, self.encode(source, source_mask), num_beams=num_beams,
-                       length_penalty=length_penalty, **known)
+    return beam_search(
+        step,
+        self.encode(source, source_mask),
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        **known,
+    )
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #b5e26b54
 class MaxoutOutput(nn.Module):
@@ -214,11 +282,15 @@ class MaxoutOutput(nn.Module):
 
     def __init__(self, input_size: int, maxout_size: int, vocab_size: int):
         super().__init__()
-        self.pieces = nn.Linear(input_size, 2 * maxout_size)            # O_s, O_y, O_c side by side
-        self.words = nn.Linear(maxout_size, vocab_size)                 # G
+        self.pieces = nn.Linear(
+            input_size, 2 * maxout_size
+        )  # O_s, O_y, O_c side by side
+        self.words = nn.Linear(maxout_size, vocab_size)  # G
 
     def forward(self, *inputs: Float[Tensor, "b m _"]) -> Float[Tensor, "b m v"]:
-        return self.words(self.pieces(torch.cat(inputs, -1)).unflatten(-1, (-1, 2)).amax(-1))
+        return self.words(
+            self.pieces(torch.cat(inputs, -1)).unflatten(-1, (-1, 2)).amax(-1)
+        )
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #02f471e2
 def init_normal_orthogonal_(module: nn.Module, std: float) -> None:
@@ -234,7 +306,9 @@ def init_normal_orthogonal_(module: nn.Module, std: float) -> None:
             nn.init.normal_(parameter, std=std)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #516c80fc
-def first_state(projected: Float[Tensor, "b _"], config: Seq2SeqConfig) -> tuple[Float[Tensor, "b l h"]]:
+def first_state(
+    projected: Float[Tensor, "b _"], config: Seq2SeqConfig
+) -> tuple[Float[Tensor, "b l h"]]:
     """tanh of a projection, cut into an initial state for each layer."""
     return (torch.tanh(projected).unflatten(-1, (config.num_hidden_layers, -1)),)
 
@@ -247,25 +321,37 @@ class Seq2SeqGRU(Seq2Seq):
         self.config = config
         h, e = config.hidden_size, config.embedding_size
         self.encoder = Encoder(config, "gru", h)
-        self.summary = nn.Linear(h * (1 + config.bidirectional), h)     # V
-        self.initial = nn.Linear(h, h * config.num_hidden_layers)       # V'
+        self.summary = nn.Linear(h * (1 + config.bidirectional), h)  # V
+        self.initial = nn.Linear(h, h * config.num_hidden_layers)  # V'
         self.embedding = nn.Embedding(config.target_vocab_size, e)
-        self.decoder = Recurrent("gru", e + h, h, config.num_hidden_layers, dropout=config.dropout)
-        self.output = MaxoutOutput(h + e + h, config.maxout_size, config.target_vocab_size)
+        self.decoder = Recurrent(
+            "gru", e + h, h, config.num_hidden_layers, dropout=config.dropout
+        )
+        self.output = MaxoutOutput(
+            h + e + h, config.maxout_size, config.target_vocab_size
+        )
         self.dropout = nn.Dropout(config.dropout)
         init_normal_orthogonal_(self, config.initializer_range)
 
     def encode(self, source, source_mask=None):
         _, (final,) = self.encoder(source, source_mask)
         summary = torch.tanh(self.summary(final[:, -1]))
-        return {"recurrent": first_state(self.initial(summary), self.config), "summary": summary}
+        return {
+            "recurrent": first_state(self.initial(summary), self.config),
+            "summary": summary,
+        }
 
     def decode(self, words, state):
         embedded = self.dropout(self.embedding(words))
         summary = state["summary"][:, None].expand(-1, words.shape[1], -1)
-        hidden, final = self.decoder(torch.cat([embedded, summary], -1), state=layer_first(state["recurrent"]))
+        hidden, final = self.decoder(
+            torch.cat([embedded, summary], -1), state=layer_first(state["recurrent"])
+        )
         logits = self.output(self.dropout(hidden), embedded, summary)
-        return logits, {**state, "recurrent": batch_first(final, self.config.num_hidden_layers)}
+        return logits, {
+            **state,
+            "recurrent": batch_first(final, self.config.num_hidden_layers),
+        }
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #361ee31a
 class AdditiveAttend(Attend):
@@ -273,17 +359,21 @@ class AdditiveAttend(Attend):
 
     def __init__(self, query_size: int, memory_size: int, attention_size: int):
         super().__init__()
-        self.query = nn.Linear(query_size, attention_size, bias=False)      # W_a
-        self.key = nn.Linear(memory_size, attention_size, bias=False)       # U_a
-        self.score = nn.Linear(attention_size, 1, bias=False)               # v_a
+        self.query = nn.Linear(query_size, attention_size, bias=False)  # W_a
+        self.key = nn.Linear(memory_size, attention_size, bias=False)  # U_a
+        self.score = nn.Linear(attention_size, 1, bias=False)  # v_a
 
-    def weights(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m a"], mask=None) -> Float[Tensor, "b h n m"]:
+    def weights(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m a"], mask=None
+    ) -> Float[Tensor, "b h n m"]:
         hidden = torch.tanh(self.query(q)[..., :, None, :] + k[..., None, :, :])
         scores = self.score(hidden).squeeze(-1)
         if mask is None:
             return scores.softmax(-1)
         mask = expand_mask(mask)
-        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
+        return (
+            scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
+        )
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #9e38f4b1
 def gru_update(from_input: Tensor, from_state: Tensor, h: Tensor) -> tuple[Tensor]:
@@ -294,7 +384,9 @@ def gru_update(from_input: Tensor, from_state: Tensor, h: Tensor) -> tuple[Tenso
     return (n + z * (h - n),)
 
 
-def lstm_update(from_input: Tensor, from_state: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def lstm_update(
+    from_input: Tensor, from_state: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
     """(h, c) after an LSTM step, from its two matrix products (b 4h); rows i f g o, as torch has them."""
     i, f, g, o = (from_input + from_state).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -307,22 +399,45 @@ class FeedbackRecurrent(Recurrent):
     `project` does the words' share of the first layer for all steps at once, `step` the rest of one step.
     """
 
-    def __init__(self, kind: str, word_size: int, feedback_size: int, hidden_size: int, num_layers: int = 1,
-                 dropout: float = 0.0):
-        super().__init__(kind, word_size + feedback_size, hidden_size, num_layers, dropout=dropout)
-        self.word_size, self.update = word_size, {"lstm": lstm_update, "gru": gru_update}[kind]
+    def __init__(
+        self,
+        kind: str,
+        word_size: int,
+        feedback_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+    ):
+        super().__init__(
+            kind, word_size + feedback_size, hidden_size, num_layers, dropout=dropout
+        )
+        self.word_size, self.update = (
+            word_size,
+            {"lstm": lstm_update, "gru": gru_update}[kind],
+        )
 
     def project(self, words: Float[Tensor, "b m e"]) -> Float[Tensor, "b m g"]:
-        return F.linear(words, self.weight_ih_l0[:, :self.word_size], self.bias_ih_l0)
+        return F.linear(words, self.weight_ih_l0[:, : self.word_size], self.bias_ih_l0)
 
-    def step(self, projected: Float[Tensor, "b g"], feedback: Float[Tensor, "b f"],
-             state: tuple[Float[Tensor, "b l h"], ...]) -> tuple[Float[Tensor, "b l h"], ...]:
-        from_input, new = projected + F.linear(feedback, self.weight_ih_l0[:, self.word_size:]), []
+    def step(
+        self,
+        projected: Float[Tensor, "b g"],
+        feedback: Float[Tensor, "b f"],
+        state: tuple[Float[Tensor, "b l h"], ...],
+    ) -> tuple[Float[Tensor, "b l h"], ...]:
+        from_input, new = (
+            projected + F.linear(feedback, self.weight_ih_l0[:, self.word_size :]),
+            [],
+        )
         for layer in range(self.num_layers):
-            W_ih, W_hh, b_ih, b_hh = (getattr(self, f"{name}_l{layer}")
-                                      for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+            W_ih, W_hh, b_ih, b_hh = (
+                getattr(self, f"{name}_l{layer}")
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
             if layer > 0:
-                from_input = F.linear(F.dropout(new[-1][0], self.dropout, self.training), W_ih, b_ih)
+                from_input = F.linear(
+                    F.dropout(new[-1][0], self.dropout, self.training), W_ih, b_ih
+                )
             old = [s[:, layer] for s in state]
             new.append(self.update(from_input, F.linear(old[0], W_hh, b_hh), *old))
         return tuple(torch.stack(s, 1) for s in zip(*new))
@@ -338,39 +453,71 @@ class Seq2SeqBahdanau(Seq2Seq):
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.config = config
-        h, e, memory = config.hidden_size, config.embedding_size, config.hidden_size * (1 + config.bidirectional)
+        h, e, memory = (
+            config.hidden_size,
+            config.embedding_size,
+            config.hidden_size * (1 + config.bidirectional),
+        )
         self.encoder = Encoder(config, "gru", h)
-        self.initial = nn.Linear(h, h * config.num_hidden_layers)       # W_s
+        self.initial = nn.Linear(h, h * config.num_hidden_layers)  # W_s
         self.embedding = nn.Embedding(config.target_vocab_size, e)
         self.attend = AdditiveAttend(h, memory, config.attention_size)
-        self.decoder = FeedbackRecurrent("gru", e, memory, h, config.num_hidden_layers, config.dropout)
-        self.output = MaxoutOutput(h + e + memory, config.maxout_size, config.target_vocab_size)
+        self.decoder = FeedbackRecurrent(
+            "gru", e, memory, h, config.num_hidden_layers, config.dropout
+        )
+        self.output = MaxoutOutput(
+            h + e + memory, config.maxout_size, config.target_vocab_size
+        )
         self.dropout = nn.Dropout(config.dropout)
         init_normal_orthogonal_(self, config.initializer_range)
-        for matrix, share in ((self.attend.query, 0.1), (self.attend.key, 0.1), (self.attend.score, 0.0)):
-            nn.init.normal_(matrix.weight, std=share * config.initializer_range)      # appendix B.1
+        for matrix, share in (
+            (self.attend.query, 0.1),
+            (self.attend.key, 0.1),
+            (self.attend.score, 0.0),
+        ):
+            nn.init.normal_(
+                matrix.weight, std=share * config.initializer_range
+            )  # appendix B.1
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #22ee76e1
 @patch
 def encode(self: Seq2SeqBahdanau, source, source_mask=None):
     annotations, (final,) = self.encoder(source, source_mask)
-    mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
-    backward_first = final[:, -1, -self.config.hidden_size:]    # the top layer's second direction, at word 1
-    return {"recurrent": first_state(self.initial(backward_first), self.config),
-            "annotations": annotations, "keys": self.attend.key(annotations), "mask": mask}
+    mask = (
+        torch.ones_like(source, dtype=torch.bool)
+        if source_mask is None
+        else source_mask
+    )
+    backward_first = final[
+        :, -1, -self.config.hidden_size :
+    ]  # the top layer's second direction, at word 1
+    return {
+        "recurrent": first_state(self.initial(backward_first), self.config),
+        "annotations": annotations,
+        "keys": self.attend.key(annotations),
+        "mask": mask,
+    }
 
 
 @patch
 def decode(self: Seq2SeqBahdanau, words, state):
     embedded = self.dropout(self.embedding(words))
     projected = self.decoder.project(embedded)
-    annotations, keys, mask = state["annotations"][:, None], state["keys"][:, None], expand_mask(state["mask"])
+    annotations, keys, mask = (
+        state["annotations"][:, None],
+        state["keys"][:, None],
+        expand_mask(state["mask"]),
+    )
     recurrent, states, contexts = state["recurrent"], [], []
     for i in range(words.shape[1]):
-        states.append(recurrent[0][:, -1])                                                # s_{i-1}
-        contexts.append(self.attend(states[-1][:, None, None], keys, annotations, mask)[:, 0, 0])
+        states.append(recurrent[0][:, -1])  # s_{i-1}
+        contexts.append(
+            self.attend(states[-1][:, None, None], keys, annotations, mask)[:, 0, 0]
+        )
         recurrent = self.decoder.step(projected[:, i], contexts[-1], recurrent)
-    logits = self.output(self.dropout(torch.stack(states, 1)), embedded, torch.stack(contexts, 1))
+    logits = self.output(
+        self.dropout(torch.stack(states, 1)), embedded, torch.stack(contexts, 1)
+    )
     return logits, {**state, "recurrent": recurrent}
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #53e98d4e
@@ -380,9 +527,15 @@ class ProductAttend(Attend):
     def __init__(self, hidden_size: int, score: str):
         super().__init__()
         general = score == "general"
-        self.key = nn.Linear(hidden_size, hidden_size, bias=False) if general else nn.Identity()        # W_a
+        self.key = (
+            nn.Linear(hidden_size, hidden_size, bias=False)
+            if general
+            else nn.Identity()
+        )  # W_a
 
-    def weights(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], mask=None) -> Float[Tensor, "b h n m"]:
+    def weights(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], mask=None
+    ) -> Float[Tensor, "b h n m"]:
         return attention_weights(q, k, mask, scale=1.0)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #85cd9bdd
@@ -396,27 +549,48 @@ class Seq2SeqLuong(Seq2Seq):
     def __init__(self, config: Seq2SeqConfig):
         super().__init__()
         self.config = config
-        h, e, layers = config.hidden_size, config.embedding_size, config.num_hidden_layers
+        h, e, layers = (
+            config.hidden_size,
+            config.embedding_size,
+            config.num_hidden_layers,
+        )
         self.encoder = Encoder(config, "lstm", direction_size(config))
         self.embedding = nn.Embedding(config.target_vocab_size, e)
-        self.decoder = FeedbackRecurrent("lstm", e, h if config.input_feeding else 0, h, layers, config.dropout)
+        self.decoder = FeedbackRecurrent(
+            "lstm", e, h if config.input_feeding else 0, h, layers, config.dropout
+        )
         self.attend = ProductAttend(h, config.score)
-        self.combine = nn.Linear(2 * h, h, bias=False)                  # W_c
-        self.output = nn.Linear(h, config.target_vocab_size)            # W_s
+        self.combine = nn.Linear(2 * h, h, bias=False)  # W_c
+        self.output = nn.Linear(h, config.target_vocab_size)  # W_s
         self.dropout = nn.Dropout(config.dropout)
         init_uniform_(self, config.initializer_range)
 
     def encode(self, source, source_mask=None):
         outputs, final = self.encoder(source, source_mask)
-        mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
-        return {"recurrent": final, "outputs": outputs, "keys": self.attend.key(outputs), "mask": mask,
-                "attentional": torch.zeros_like(final[0][:, -1])}       # h~_0
+        mask = (
+            torch.ones_like(source, dtype=torch.bool)
+            if source_mask is None
+            else source_mask
+        )
+        return {
+            "recurrent": final,
+            "outputs": outputs,
+            "keys": self.attend.key(outputs),
+            "mask": mask,
+            "attentional": torch.zeros_like(final[0][:, -1]),
+        }  # h~_0
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #529f669f
 @patch
-def attentional(self: Seq2SeqLuong, hidden: Float[Tensor, "b m h"], state: dict) -> Float[Tensor, "b m h"]:
+def attentional(
+    self: Seq2SeqLuong, hidden: Float[Tensor, "b m h"], state: dict
+) -> Float[Tensor, "b m h"]:
     """h~ for as many decoder states as are known."""
-    keys, outputs, mask = state["keys"][:, None], state["outputs"][:, None], expand_mask(state["mask"])
+    keys, outputs, mask = (
+        state["keys"][:, None],
+        state["outputs"][:, None],
+        expand_mask(state["mask"]),
+    )
     context = self.attend(hidden[:, None], keys, outputs, mask)[:, 0]
     return torch.tanh(self.combine(torch.cat([context, hidden], -1)))
 
@@ -425,38 +599,110 @@ def attentional(self: Seq2SeqLuong, hidden: Float[Tensor, "b m h"], state: dict)
 def decode(self: Seq2SeqLuong, words, state):
     embedded = self.dropout(self.embedding(words))
     if self.config.input_feeding:
-        projected, recurrent, vectors = self.decoder.project(embedded), state["recurrent"], [state["attentional"]]
+        projected, recurrent, vectors = (
+            self.decoder.project(embedded),
+            state["recurrent"],
+            [state["attentional"]],
+        )
         for t in range(words.shape[1]):
             recurrent = self.decoder.step(projected[:, t], vectors[-1], recurrent)
             vectors.append(self.attentional(recurrent[0][:, -1:], state)[:, 0])
         vectors = torch.stack(vectors[1:], 1)
     else:
         hidden, final = self.decoder(embedded, state=layer_first(state["recurrent"]))
-        recurrent, vectors = batch_first(final, self.config.num_hidden_layers), self.attentional(hidden, state)
-    return self.output(self.dropout(vectors)), {**state, "recurrent": recurrent, "attentional": vectors[:, -1]}
+        recurrent, vectors = (
+            batch_first(final, self.config.num_hidden_layers),
+            self.attentional(hidden, state),
+        )
+    return self.output(self.dropout(vectors)), {
+        **state,
+        "recurrent": recurrent,
+        "attentional": vectors[:, -1],
+    }
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #2725d993
-_epoch = 12_000_000 // 128                                              # steps
-PAPER = Recipe(optimizer="sgd", learning_rate=0.7, schedule="seq2seq_halving",
-               schedule_options={"steps_per_epoch": _epoch}, max_steps=int(7.5 * _epoch), batch_size=128, average_over="sequences", clip_norm=5.0)
+_epoch = 12_000_000 // 128  # steps
+PAPER = Recipe(
+    optimizer="sgd",
+    learning_rate=0.7,
+    schedule="seq2seq_halving",
+    schedule_options={"steps_per_epoch": _epoch},
+    max_steps=int(7.5 * _epoch),
+    batch_size=128,
+    average_over="sequences",
+    clip_norm=5.0,
+)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #6d910c69
-TINY = Recipe(learning_rate=4e-3, betas=(0.9, 0.98), schedule="cosine", warmup_steps=100, max_steps=700,
-              batch_size=64, clip_norm=1.0)
-_tiny = dict(source_vocab_size=1000, target_vocab_size=1000, embedding_size=96, hidden_size=128,
-             num_hidden_layers=1, attention_size=128, maxout_size=128)
+TINY = Recipe(
+    learning_rate=4e-3,
+    betas=(0.9, 0.98),
+    schedule="cosine",
+    warmup_steps=100,
+    max_steps=700,
+    batch_size=64,
+    clip_norm=1.0,
+)
+_tiny = dict(
+    source_vocab_size=1000,
+    target_vocab_size=1000,
+    embedding_size=96,
+    hidden_size=128,
+    num_hidden_layers=1,
+    attention_size=128,
+    maxout_size=128,
+)
 _one_layer = dict(num_hidden_layers=1, reverse_source=False, initializer_range=0.01)
 for _name, _model, _config, _small, _known in [
-    ("seq2seq_lstm", Seq2SeqLSTM, Seq2SeqConfig(), dict(initializer_range=0.22),
-     dict(parameters=384_144_000, paper="Sutskever et al. 2014", recipes={"tiny": TINY, "paper": PAPER},
-          figures={"parameters": "384M", "recurrent": "64M", "BLEU, WMT14 en-fr": 30.59})),
-    ("seq2seq_gru", Seq2SeqGRU, Seq2SeqConfig(15_000, 15_000, embedding_size=100, **_one_layer),
-     dict(initializer_range=0.1), dict(parameters=24_230_000, paper="Cho et al. 2014")),
-    ("seq2seq_bahdanau", Seq2SeqBahdanau,
-     Seq2SeqConfig(30_000, 30_000, embedding_size=620, bidirectional=True, **_one_layer), dict(initializer_range=0.05),
-     dict(parameters=80_451_000, paper="Bahdanau et al. 2015", figures={"BLEU, WMT14 en-fr": 26.75})),
-    ("seq2seq_luong", Seq2SeqLuong, Seq2SeqConfig(50_000, 50_000, dropout=0.2, initializer_range=0.1),
-     dict(initializer_range=0.28, dropout=0.0), dict(parameters=221_114_000, paper="Luong et al. 2015")),
+    (
+        "seq2seq_lstm",
+        Seq2SeqLSTM,
+        Seq2SeqConfig(),
+        dict(initializer_range=0.22),
+        dict(
+            parameters=384_144_000,
+            paper="Sutskever et al. 2014",
+            recipes={"tiny": TINY, "paper": PAPER},
+            figures={
+                "parameters": "384M",
+                "recurrent": "64M",
+                "BLEU, WMT14 en-fr": 30.59,
+            },
+        ),
+    ),
+    (
+        "seq2seq_gru",
+        Seq2SeqGRU,
+        Seq2SeqConfig(15_000, 15_000, embedding_size=100, **_one_layer),
+        dict(initializer_range=0.1),
+        dict(parameters=24_230_000, paper="Cho et al. 2014"),
+    ),
+    (
+        "seq2seq_bahdanau",
+        Seq2SeqBahdanau,
+        Seq2SeqConfig(
+            30_000, 30_000, embedding_size=620, bidirectional=True, **_one_layer
+        ),
+        dict(initializer_range=0.05),
+        dict(
+            parameters=80_451_000,
+            paper="Bahdanau et al. 2015",
+            figures={"BLEU, WMT14 en-fr": 26.75},
+        ),
+    ),
+    (
+        "seq2seq_luong",
+        Seq2SeqLuong,
+        Seq2SeqConfig(50_000, 50_000, dropout=0.2, initializer_range=0.1),
+        dict(initializer_range=0.28, dropout=0.0),
+        dict(parameters=221_114_000, paper="Luong et al. 2015"),
+    ),
 ]:
-    register_model(_name, _config, chapter="sequence/02_seq2seq", task="translation", tiny=_tiny | _small,
-                   **{"recipes": {"tiny": TINY}, **_known})(_model)
+    register_model(
+        _name,
+        _config,
+        chapter="sequence/02_seq2seq",
+        task="translation",
+        tiny=_tiny | _small,
+        **{"recipes": {"tiny": TINY}, **_known},
+    )(_model)

@@ -15,7 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..data.tasks import TranslationTask, create_task, translation_scores
-from ..data.translation import join_phrases, nearest_neighbour_translate, translation_pairs
+from attn_notes.data.translation import (
+    join_phrases,
+    nearest_neighbour_translate,
+    translation_pairs,
+)
 from ..data.vocabulary import Vocabulary
 from .seq2seq import TINY, Seq2Seq, Seq2SeqGRU
 from ..training.experiments import experiment
@@ -33,12 +37,17 @@ def joined_phrases(most: int = 3) -> TranslationTask:
     """
     pairs = {}
     for split, count in (("train", 12_000), ("valid", 100), ("test", 600)):
-        phrases = [pair for pair in translation_pairs("cldr-en-fr", split)
-                   if pair.group.split(":")[0] in ("date", "time", "unit")
-                   and sum(map(str.isdigit, pair.source)) <= 2]
+        phrases = [
+            pair
+            for pair in translation_pairs("cldr-en-fr", split)
+            if pair.group.split(":")[0] in ("date", "time", "unit")
+            and sum(map(str.isdigit, pair.source)) <= 2
+        ]
         pairs[split] = join_phrases(phrases, count, seed=0, most=most)
-    vocabularies = [Vocabulary.build([getattr(p, side) for p in pairs["train"]], language)
-                    for side, language in (("source", "en"), ("target", "fr"))]
+    vocabularies = [
+        Vocabulary.build([getattr(p, side) for p in pairs["train"]], language)
+        for side, language in (("source", "en"), ("target", "fr"))
+    ]
     return TranslationTask(*vocabularies, pairs)
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #19ced307
@@ -61,37 +70,63 @@ VARIANTS = {
 }
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #3afd918a
-def variant(name: str, task: TranslationTask, seed: int, start: float | None = None) -> Seq2Seq:
+def variant(
+    name: str, task: TranslationTask, seed: int, start: float | None = None
+) -> Seq2Seq:
     """A fresh model of one of the variants, small, its weights from the seed; `start` is another initial range."""
     model, choices = VARIANTS[name]
     info = model_info(model)
-    size = {**info.tiny, "embedding_size": 64, "attention_size": 64, "maxout_size": 64,
-            **choices, **task.overrides(), **({"initializer_range": start} if start else {})}
+    size = {
+        **info.tiny,
+        "embedding_size": 64,
+        "attention_size": 64,
+        "maxout_size": 64,
+        **choices,
+        **task.overrides(),
+        **({"initializer_range": start} if start else {}),
+    }
     torch.manual_seed(seed)
-    return (FirstStepOnly if name == "first step" else info.model)(override(info.config, size))
+    return (FirstStepOnly if name == "first step" else info.model)(
+        override(info.config, size)
+    )
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #795eb8f2
 def short(steps: int, seed: int) -> Recipe:
     """The recipe of the comparisons: Adam, a short warm-up, half a cosine."""
-    return Recipe(learning_rate=1e-2, betas=(0.9, 0.98), schedule="cosine", warmup_steps=min(50, steps // 2),
-                  max_steps=steps, batch_size=64, clip_norm=1.0, seed=seed)
+    return Recipe(
+        learning_rate=1e-2,
+        betas=(0.9, 0.98),
+        schedule="cosine",
+        warmup_steps=min(50, steps // 2),
+        max_steps=steps,
+        batch_size=64,
+        clip_norm=1.0,
+        seed=seed,
+    )
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #338b4d82
 LENGTHS = (0, 5, 8, 11, 99)
 
 
 @torch.no_grad()
-def by_length(model: nn.Module, task: TranslationTask,
-              bounds: tuple[int, ...] = LENGTHS) -> dict[str, list[float]]:
+def by_length(
+    model: nn.Module, task: TranslationTask, bounds: tuple[int, ...] = LENGTHS
+) -> dict[str, list[float]]:
     """BLEU and exact matches, in percent, of the test pairs whose source has from one bound up to the next
     tokens, and how many there are."""
     sources = [source for source, _ in task.ids("test")]
-    texts, references = task.generate(model, sources), [pair.target for pair in task.pairs("test")]
+    texts, references = (
+        task.generate(model, sources),
+        [pair.target for pair in task.pairs("test")],
+    )
     found = {"bleu": [], "exact": [], "count": []}
     for low, high in zip(bounds, bounds[1:]):
         rows = [i for i, source in enumerate(sources) if low <= len(source) < high]
-        scores = translation_scores([texts[i] for i in rows], [references[i] for i in rows],
-                                    task.target_vocab.language)
+        scores = translation_scores(
+            [texts[i] for i in rows],
+            [references[i] for i in rows],
+            task.target_vocab.language,
+        )
         for key, value in (*scores.items(), ("count", len(rows))):
             found[key].append(round(value, 3))
     return found
@@ -105,22 +140,39 @@ def opening(history) -> list[float]:
 SMALL_START = ("forward", "reversed", "both ways", "first step", "every step")
 
 
-@experiment("seq2seq", "small_start", [{"name": name, "start": 0.05} for name in SMALL_START], seeds=range(5))
-@experiment("seq2seq", "variants", [{"name": name} for name in VARIANTS], seeds=range(5))
-def train_variant(seed: int, name: str, start: float | None = None, steps: int = 700) -> dict:
+@experiment(
+    "seq2seq",
+    "small_start",
+    [{"name": name, "start": 0.05} for name in SMALL_START],
+    seeds=range(5),
+)
+@experiment(
+    "seq2seq", "variants", [{"name": name} for name in VARIANTS], seeds=range(5)
+)
+def train_variant(
+    seed: int, name: str, start: float | None = None, steps: int = 700
+) -> dict:
     """Train one variant on joined phrases; its scores on the test pairs."""
     task = joined_phrases()
     model = variant(name, task, seed, start)
     history = train(model, task, short(steps, seed), progress=False)
-    return {**task.evaluate(model, "test"), "by_length": by_length(model, task),
-            "opening": opening(history)}
+    return {
+        **task.evaluate(model, "test"),
+        "by_length": by_length(model, task),
+        "opening": opening(history),
+    }
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #9f55b868
-def own_words_logits(model: Seq2Seq, batch: dict[str, Tensor],
-                     own: Bool[Tensor, "b m"]) -> Float[Tensor, "b m v"]:
+def own_words_logits(
+    model: Seq2Seq, batch: dict[str, Tensor], own: Bool[Tensor, "b m"]
+) -> Float[Tensor, "b m v"]:
     """Logits of a training batch where the decoder reads its own last word at the places marked in `own`,
     the true one elsewhere."""
-    state, gold, logits = model.encode(batch["source"], batch["source_mask"]), batch["target_in"], []
+    state, gold, logits = (
+        model.encode(batch["source"], batch["source_mask"]),
+        batch["target_in"],
+        [],
+    )
     word = gold[:, :1]
     for t in range(gold.shape[1]):
         step, state = model.decode(word, state)
@@ -136,21 +188,31 @@ class OwnWords(TranslationTask):
     `first` to `last` over `steps` steps."""
 
     def __init__(self, task: TranslationTask, first: float, last: float, steps: int):
-        super().__init__(task.source_vocab, task.target_vocab,
-                         {split: task.pairs(split) for split in ("train", "valid", "test")})
+        super().__init__(
+            task.source_vocab,
+            task.target_vocab,
+            {split: task.pairs(split) for split in ("train", "valid", "test")},
+        )
         self.first, self.last, self.steps, self.step = first, last, steps, 0
 
     def loss(self, model, batch, recipe):
         share = self.first + (self.last - self.first) * min(1.0, self.step / self.steps)
         self.step += 1
-        own = torch.rand(batch["target_in"].shape, device=batch["target_in"].device) < share
-        return token_cross_entropy(own_words_logits(model, batch, own), batch["target_out"])
+        own = (
+            torch.rand(batch["target_in"].shape, device=batch["target_in"].device)
+            < share
+        )
+        return token_cross_entropy(
+            own_words_logits(model, batch, own), batch["target_out"]
+        )
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #207d3b02
 FEEDBACK = {"teacher": (0.0, 0.0), "scheduled": (0.0, 0.5), "free": (1.0, 1.0)}
 
 
-@experiment("seq2seq", "feedback", [{"name": name} for name in FEEDBACK], seeds=range(5))
+@experiment(
+    "seq2seq", "feedback", [{"name": name} for name in FEEDBACK], seeds=range(5)
+)
 def train_feedback(seed: int, name: str, steps: int = 400) -> dict:
     """Train the model with attention on true words, on its own, or on a mixture; its scores on the test pairs."""
     task = joined_phrases()
@@ -174,12 +236,17 @@ def ship(model: Seq2Seq, task: TranslationTask, name: str = SHIPPED) -> None:
     model.float()
 
 # %% ../../nbs/sequence/02_seq2seq_experiments.ipynb #c74e2ece
-PHRASES = [{"language": language, "holdout": holdout}
-           for holdout in ("random", "unit") for language in ("fr", "de", "zh")]
+PHRASES = [
+    {"language": language, "holdout": holdout}
+    for holdout in ("random", "unit")
+    for language in ("fr", "de", "zh")
+]
 
 
 @experiment("seq2seq", "phrases", PHRASES, seeds=(0,))
-def train_phrases(seed: int, language: str, holdout: str, steps: int = TINY.max_steps) -> dict:
+def train_phrases(
+    seed: int, language: str, holdout: str, steps: int = TINY.max_steps
+) -> dict:
     """Train the model with attention on CLDR phrases; test scores, its own and the nearest neighbour's.
     Ships en-fr, random split."""
     task = create_task("translation", f"cldr-en-{language}", holdout=holdout)
@@ -189,8 +256,16 @@ def train_phrases(seed: int, language: str, holdout: str, steps: int = TINY.max_
     history = train(model, task, recipe, progress=False)
     if (language, holdout, steps) == ("fr", "random", TINY.max_steps):
         ship(model, task)
-    texts, references = zip(*[(pair.source, pair.target) for pair in task.pairs("test")])
-    nearest = translation_scores(nearest_neighbour_translate(task.pairs("train"), texts), references, language)
+    texts, references = zip(
+        *[(pair.source, pair.target) for pair in task.pairs("test")]
+    )
+    nearest = translation_scores(
+        nearest_neighbour_translate(task.pairs("train"), texts), references, language
+    )
     curve = [row["loss"] for row in history[::25]]
-    return {**task.evaluate(model, "test"), **{f"nearest_{k}": v for k, v in nearest.items()},
-            "losses": curve, "opening": opening(history)}
+    return {
+        **task.evaluate(model, "test"),
+        **{f"nearest_{k}": v for k, v in nearest.items()},
+        "losses": curve,
+        "opening": opening(history),
+    }

@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from ..foundations.attention import MultiHeadAttention
 from ..foundations.blocks import EncoderBlock, FeedForward, Residual
 from ..foundations.cache import KeyValueCache
-from ..foundations.checks import (InputError, check_choice, check_divides,
-                                           check_ids, check_mask_shape, check_positive,
-                                           check_probability,
-                                           )
+from attn_notes.foundations.checks import (
+    InputError,
+    check_choice,
+    check_divides,
+    check_ids,
+    check_mask_shape,
+    check_positive,
+    check_probability,
+)
 from ..foundations.initialisation import init_xavier_
 from ..foundations.positions import LearnedPositions, SinusoidalPositions
 from .seq2seq import Seq2Seq, check_pair
@@ -61,7 +66,8 @@ class TransformerConfig:
                 f.name: getattr(self, f.name)
                 for f in fields(self)
                 if f.name.endswith(("size", "layers", "heads", "embeddings"))
-            })
+            }
+        )
         check_divides(self.num_attention_heads, self.hidden_size)
         check_probability(dropout=self.dropout)
         check_choice(("sinusoidal", "learned"), positions=self.positions)
@@ -88,18 +94,23 @@ class WordsAndPlaces(nn.Module):
         d, places = config.hidden_size, config.max_position_embeddings
         self.words = nn.Embedding(config.vocab_size, d)
         learned = config.positions == "learned"
-        self.positions = LearnedPositions(
-            d, places, std=0.5**0.5) if learned else SinusoidalPositions(d, places)
+        self.positions = (
+            LearnedPositions(d, places, std=0.5**0.5)
+            if learned
+            else SinusoidalPositions(d, places)
+        )
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.words.weight, std=d**-0.5)
 
-    def forward(self, ids: Int[Tensor, "b n"],
-                start: int = 0) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, ids: Int[Tensor, "b n"], start: int = 0
+    ) -> Float[Tensor, "b n d"]:
         """Vectors (b n d) of the words `ids`, of which the first stands at place
         `start`. `InputError` beyond the places."""
         scale = self.words.embedding_dim**0.5
         return self.dropout(
-            self.words(ids) * scale + self.positions(ids.shape[1], start))
+            self.words(ids) * scale + self.positions(ids.shape[1], start)
+        )
 
     def logits(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n v"]:
         return F.linear(x, self.words.weight)
@@ -107,8 +118,14 @@ class WordsAndPlaces(nn.Module):
 # %% ../../nbs/sequence/04_transformer.ipynb #a72e35f1
 def block_sizes(config: TransformerConfig) -> dict:
     "What the blocks of both stacks are built with."
-    names = ("hidden_size", "num_attention_heads", "intermediate_size", "dropout",
-             "attention_bias", "norm_first")
+    names = (
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "dropout",
+        "attention_bias",
+        "norm_first",
+    )
     return {name: getattr(config, name) for name in names}
 
 
@@ -124,12 +141,13 @@ class TransformerEncoder(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            EncoderBlock(**block_sizes(config))
-            for _ in range(config.num_hidden_layers))
+            EncoderBlock(**block_sizes(config)) for _ in range(config.num_hidden_layers)
+        )
         self.norm = last_norm(config)
 
-    def forward(self, x: Float[Tensor, "b n d"],
-                mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
         "The source as a memory (b n d); `mask` is True on real words."
         for layer in self.layers:
             x = layer(x, mask)
@@ -140,14 +158,22 @@ class DecoderBlock(nn.Module):
     """Masked self-attention, attention to the memory, feed-forward, each in a
     `Residual`, eq. (eq-trf-decoder)."""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int,
-                 intermediate_size: int, dropout: float = 0.0,
-                 attention_bias: bool = True, norm_first: bool = False) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        intermediate_size: int,
+        dropout: float = 0.0,
+        attention_bias: bool = True,
+        norm_first: bool = False,
+    ) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(hidden_size, num_attention_heads,
-                                            bias=attention_bias)
-        self.cross_attention = MultiHeadAttention(hidden_size, num_attention_heads,
-                                                  bias=attention_bias)
+        self.attention = MultiHeadAttention(
+            hidden_size, num_attention_heads, bias=attention_bias
+        )
+        self.cross_attention = MultiHeadAttention(
+            hidden_size, num_attention_heads, bias=attention_bias
+        )
         self.feed_forward = FeedForward(hidden_size, intermediate_size)
         self.attention_path = Residual(hidden_size, dropout, norm_first)
         self.cross_path = Residual(hidden_size, dropout, norm_first)
@@ -155,15 +181,20 @@ class DecoderBlock(nn.Module):
 
 # %% ../../nbs/sequence/04_transformer.ipynb #fd20495b
 @patch
-def forward(self: DecoderBlock, x: Float[Tensor, "r m d"], memory: Float[Tensor, "..."],
-            memory_mask: Bool[Tensor, "b n"] | None = None,
-            mask: Bool[Tensor, "b m"] | None = None,
-            cache: KeyValueCache | None = None) -> Float[Tensor, "r m d"]:
+def forward(
+    self: DecoderBlock,
+    x: Float[Tensor, "r m d"],
+    memory: Float[Tensor, "..."],
+    memory_mask: Bool[Tensor, "b n"] | None = None,
+    mask: Bool[Tensor, "b m"] | None = None,
+    cache: KeyValueCache | None = None,
+) -> Float[Tensor, "r m d"]:
     """(b m d) to (b m d). `memory` is (b n d), or its keys and values as
     `MultiHeadAttention` takes them, with its mask; `mask` is True on real words of the
     target. With a `cache`, x are the words after those in it."""
     x = self.attention_path(
-        x, lambda y: self.attention(y, mask=mask, is_causal=True, cache=cache))
+        x, lambda y: self.attention(y, mask=mask, is_causal=True, cache=cache)
+    )
     x = self.cross_path(x, lambda y: self.cross_attention(y, memory, memory_mask))
     return self.feed_forward_path(x, self.feed_forward)
 
@@ -175,65 +206,123 @@ class TransformerDecoder(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            DecoderBlock(**block_sizes(config))
-            for _ in range(config.num_hidden_layers))
+            DecoderBlock(**block_sizes(config)) for _ in range(config.num_hidden_layers)
+        )
         self.norm = last_norm(config)
 
-    def forward(self, x: Float[Tensor, "b m d"], memory: Float[Tensor, "b n d"],
-                memory_mask: Bool[Tensor, "b n"] | None = None,
-                mask: Bool[Tensor, "b m"] | None = None) -> Float[Tensor, "b m d"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b m d"],
+        memory: Float[Tensor, "b n d"],
+        memory_mask: Bool[Tensor, "b n"] | None = None,
+        mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, "b m d"]:
         "All places of the target at once."
         for layer in self.layers:
             x = layer(x, memory, memory_mask, mask)
         return self.norm(x)
 
 # %% ../../nbs/sequence/04_transformer.ipynb #f9c900fb
-def paper_recipe(hidden_size: int, max_steps: int, average_last: int,
-                 average_every: int) -> Recipe:
+def paper_recipe(
+    hidden_size: int, max_steps: int, average_last: int, average_every: int
+) -> Recipe:
     "Sections 5.1 to 5.4 and 6.1: what base and big share, and what they do not."
-    return Recipe(optimizer="adam", learning_rate=1.0, betas=(0.9, 0.98), eps=1e-9,
-                  schedule="inverse_square_root", warmup_steps=4000,
-                  schedule_options={"d_model": hidden_size}, max_steps=max_steps,
-                  max_tokens=25_000, label_smoothing=0.1,
-                  average_last=average_last, average_every=average_every)
+    return Recipe(
+        optimizer="adam",
+        learning_rate=1.0,
+        betas=(0.9, 0.98),
+        eps=1e-9,
+        schedule="inverse_square_root",
+        warmup_steps=4000,
+        schedule_options={"d_model": hidden_size},
+        max_steps=max_steps,
+        max_tokens=25_000,
+        label_smoothing=0.1,
+        average_last=average_last,
+        average_every=average_every,
+    )
 
 
-TINY = {"vocab_size": 1657, "hidden_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "intermediate_size": 256,
-        "max_position_embeddings": 128}
-TINY_RECIPE = Recipe(learning_rate=3e-3, betas=(0.9, 0.98), schedule="cosine",
-                     warmup_steps=100, max_steps=1200, batch_size=64, clip_norm=1.0,
-                     label_smoothing=0.1)
+TINY = {
+    "vocab_size": 1657,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 128,
+}
+TINY_RECIPE = Recipe(
+    learning_rate=3e-3,
+    betas=(0.9, 0.98),
+    schedule="cosine",
+    warmup_steps=100,
+    max_steps=1200,
+    batch_size=64,
+    clip_norm=1.0,
+    label_smoothing=0.1,
+)
 
 # %% ../../nbs/sequence/04_transformer.ipynb #54923d2a
 TORCH_LAYOUT = Layout(
-    "torch.nn.Transformer", lambda keys: any(".multihead_attn." in key for key in keys),
-    rename=((r"\.self_attn\.", ".attention."),
-            (r"\.multihead_attn\.", ".cross_attention."),
-            (r"\.(linear[12])\.", r".feed_forward.\1."),
-            (r"\.norm1\.", ".attention_path.norm."),
-            (r"(encoder.*)\.norm2\.", r"\1.feed_forward_path.norm."),
-            (r"\.norm2\.", ".cross_path.norm."),
-            (r"\.norm3\.", ".feed_forward_path.norm.")),
-    absent=("embedding.*",))
-KNOWN = {"paper": "Vaswani et al. 2017", "chapter": "sequence/04_transformer",
-         "task": "translation", "layouts": (TORCH_LAYOUT,), "tiny": TINY}
-BIG = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096,
-       "dropout": 0.3}
+    "torch.nn.Transformer",
+    lambda keys: any(".multihead_attn." in key for key in keys),
+    rename=(
+        (r"\.self_attn\.", ".attention."),
+        (r"\.multihead_attn\.", ".cross_attention."),
+        (r"\.(linear[12])\.", r".feed_forward.\1."),
+        (r"\.norm1\.", ".attention_path.norm."),
+        (r"(encoder.*)\.norm2\.", r"\1.feed_forward_path.norm."),
+        (r"\.norm2\.", ".cross_path.norm."),
+        (r"\.norm3\.", ".feed_forward_path.norm."),
+    ),
+    absent=("embedding.*",),
+)
+KNOWN = {
+    "paper": "Vaswani et al. 2017",
+    "chapter": "sequence/04_transformer",
+    "task": "translation",
+    "layouts": (TORCH_LAYOUT,),
+    "tiny": TINY,
+}
+BIG = {
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "dropout": 0.3,
+}
 
 # %% ../../nbs/sequence/04_transformer.ipynb #1688b9e8
 @register_model(
-    "transformer_base", TransformerConfig(), parameters=63_045_632,
-    figures={"parameters": "65M", "BLEU newstest2014 en-de": 27.3,
-             "BLEU newstest2014 en-fr": 38.1},
-    recipes={"tiny": TINY_RECIPE, "paper": paper_recipe(512, 100_000, 5, 1500)}, **KNOWN)
+    "transformer_base",
+    TransformerConfig(),
+    parameters=63_045_632,
+    figures={
+        "parameters": "65M",
+        "BLEU newstest2014 en-de": 27.3,
+        "BLEU newstest2014 en-fr": 38.1,
+    },
+    recipes={"tiny": TINY_RECIPE, "paper": paper_recipe(512, 100_000, 5, 1500)},
+    **KNOWN,
+)
 @register_model(
-    "transformer_big", TransformerConfig(**BIG), parameters=214_171_648,
-    figures={"parameters": "213M", "BLEU newstest2014 en-de": 28.4,
-             "BLEU newstest2014 en-fr": 41.8},
-    recipes={"tiny": TINY_RECIPE, "paper": paper_recipe(1024, 300_000, 20, 600)}, **KNOWN)
-@register_model("transformer_tiny", TransformerConfig(**TINY), parameters=871_552,
-                recipes={"tiny": TINY_RECIPE}, **KNOWN)
+    "transformer_big",
+    TransformerConfig(**BIG),
+    parameters=214_171_648,
+    figures={
+        "parameters": "213M",
+        "BLEU newstest2014 en-de": 28.4,
+        "BLEU newstest2014 en-fr": 41.8,
+    },
+    recipes={"tiny": TINY_RECIPE, "paper": paper_recipe(1024, 300_000, 20, 600)},
+    **KNOWN,
+)
+@register_model(
+    "transformer_tiny",
+    TransformerConfig(**TINY),
+    parameters=871_552,
+    recipes={"tiny": TINY_RECIPE},
+    **KNOWN,
+)
 class Transformer(Seq2Seq):
     """The Transformer, in the frame of `Seq2Seq`: `encode` makes a state from a source,
     `decode` turns the next words and a state into logits and the state after them. A
@@ -249,19 +338,24 @@ class Transformer(Seq2Seq):
 
 # %% ../../nbs/sequence/04_transformer.ipynb #d9524d6f
 @patch
-def forward(self: Transformer, source: Int[Tensor, "b n"],
-            target_in: Int[Tensor, "b m"],
-            source_mask: Bool[Tensor, "b n"] | None = None,
-            target_mask: Bool[Tensor, "b m"] | None = None) -> Float[Tensor, "b m v"]:
+def forward(
+    self: Transformer,
+    source: Int[Tensor, "b n"],
+    target_in: Int[Tensor, "b m"],
+    source_mask: Bool[Tensor, "b n"] | None = None,
+    target_mask: Bool[Tensor, "b m"] | None = None,
+) -> Float[Tensor, "b m v"]:
     """Logits (b m v) of what follows each word of the target, all places at once
     (teacher forcing). Masks are True on real words. `InputError` for wrong ranks, types
     or sizes, and for more words than there are places."""
     check_pair(source, target_in, source_mask, target_mask)
-    check_length(self.config.max_position_embeddings, source=source,
-                 target_in=target_in)
+    check_length(
+        self.config.max_position_embeddings, source=source, target_in=target_in
+    )
     memory = self.encoder(self.embedding(source), source_mask)
     return self.embedding.logits(
-        self.decoder(self.embedding(target_in), memory, source_mask, target_mask))
+        self.decoder(self.embedding(target_in), memory, source_mask, target_mask)
+    )
 
 
 def check_length(most: int, **ids: Tensor) -> None:
@@ -269,8 +363,10 @@ def check_length(most: int, **ids: Tensor) -> None:
     places."""
     for name, words in ids.items():
         if words.shape[1] > most:
-            raise InputError(f"{name}: expected at most {most} words, the number of "
-                             f"positions; got {words.shape[1]}")
+            raise InputError(
+                f"{name}: expected at most {most} words, the number of "
+                f"positions; got {words.shape[1]}"
+            )
 
 # %% ../../nbs/sequence/04_transformer.ipynb #454c1b94
 @dataclass(frozen=True)
@@ -278,6 +374,7 @@ class Memory:
     """The source as the layers of a decoder read it: keys and values (2 b h n c) for
     each layer, projected once, and the mask. The beams of a sentence share its rows, so
     a search has nothing to reorder here."""
+
     keys_values: tuple[Float[Tensor, "2 b h n c"], ...]
     mask: Bool[Tensor, "b n"] | None
 
@@ -286,8 +383,11 @@ class Memory:
 
 # %% ../../nbs/sequence/04_transformer.ipynb #2cfc0e3d
 @patch
-def encode(self: Transformer, source: Int[Tensor, "b n"],
-           source_mask: Bool[Tensor, "b n"] | None = None) -> dict:
+def encode(
+    self: Transformer,
+    source: Int[Tensor, "b n"],
+    source_mask: Bool[Tensor, "b n"] | None = None,
+) -> dict:
     """The state at the start of a translation: the memory as each layer reads it, and a
     cache for each layer."""
     memory = self.encoder(self.embedding(source), source_mask)
@@ -295,13 +395,14 @@ def encode(self: Transformer, source: Int[Tensor, "b n"],
     keys_values = tuple(layer.cross_attention.project(memory, 1, 3) for layer in layers)
     return {
         "memory": Memory(keys_values, source_mask),
-        "past": tuple(KeyValueCache() for _ in layers)
+        "past": tuple(KeyValueCache() for _ in layers),
     }
 
 # %% ../../nbs/sequence/04_transformer.ipynb #e674023d
 @patch
-def decode(self: Transformer, words: Int[Tensor, "r m"],
-           state: dict) -> tuple[Float[Tensor, "r m v"], dict]:
+def decode(
+    self: Transformer, words: Int[Tensor, "r m"], state: dict
+) -> tuple[Float[Tensor, "r m v"], dict]:
     """Logits (b m v) of what follows each of the next `words`, and the state after
     them, in the caches of the old one."""
     memory, past = state["memory"], state["past"]
@@ -312,10 +413,14 @@ def decode(self: Transformer, words: Int[Tensor, "r m"],
 
 # %% ../../nbs/sequence/04_transformer.ipynb #f1ed3a16
 @patch
-def generate(self: Transformer, source: Int[Tensor, "b n"],
-             source_mask: Bool[Tensor, "b n"] | None = None,
-             max_new_tokens: int | None = None, num_beams: int = 1,
-             length_penalty: float = 0.6) -> Int[Tensor, "b t"]:
+def generate(
+    self: Transformer,
+    source: Int[Tensor, "b n"],
+    source_mask: Bool[Tensor, "b n"] | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 0.6,
+) -> Int[Tensor, "b t"]:
     """Translations as ids (b t), as `Seq2Seq.generate`; a sentence becomes at most 50
     words longer (section 6.1), unless `max_new_tokens` says otherwise. The paper's
     search is `num_beams=4`. Also InputError for more words than places."""
@@ -329,7 +434,10 @@ def generate(self: Transformer, source: Int[Tensor, "b n"],
         lengths = (whole if source_mask is None else source_mask).sum(1)
         max_new_tokens = (lengths + 50).clamp(max=most)
     elif max_new_tokens > most:
-        raise InputError(f"max_new_tokens: expected at most {most}, the number of "
-                         f"positions; got {max_new_tokens}")
-    return Seq2Seq.generate(self, source, source_mask, max_new_tokens, num_beams,
-                            length_penalty)
+        raise InputError(
+            f"max_new_tokens: expected at most {most}, the number of "
+            f"positions; got {max_new_tokens}"
+        )
+    return Seq2Seq.generate(
+        self, source, source_mask, max_new_tokens, num_beams, length_penalty
+    )

@@ -29,24 +29,31 @@ from ..zoo.registry import count_parameters, create_model, model_info
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #0c874105
 SHIPPED = "transformer_tiny"
-PHRASES = [{"language": language, "holdout": holdout} for holdout in ("random", "unit")
-           for language in ("fr", "de", "zh")]
+PHRASES = [
+    {"language": language, "holdout": holdout}
+    for holdout in ("random", "unit")
+    for language in ("fr", "de", "zh")
+]
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #9e616300
-def start_phrases(seed: int, language: str, holdout: str,
-                  steps: int) -> tuple[Transformer, History, TranslationTask]:
+def start_phrases(
+    seed: int, language: str, holdout: str, steps: int
+) -> tuple[Transformer, History, TranslationTask]:
     """The tiny Transformer trained on CLDR phrases for the first `steps` of its recipe,
     the history of the run, and its task."""
-    task = create_task("translation", f"cldr-en-{language}", holdout=holdout,
-                       joint_vocabulary=True)
+    task = create_task(
+        "translation", f"cldr-en-{language}", holdout=holdout, joint_vocabulary=True
+    )
     torch.manual_seed(seed)
     model = create_model(SHIPPED, **task.overrides())
-    return (model,
-            train(model, task, replace(TINY_RECIPE, max_steps=steps),
-                  progress=False), task)
+    return (
+        model,
+        train(model, task, replace(TINY_RECIPE, max_steps=steps), progress=False),
+        task,
+    )
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #877ac0bb
-@experiment("transformer", "phrases", PHRASES, seeds=(0, ))
+@experiment("transformer", "phrases", PHRASES, seeds=(0,))
 def train_phrases(seed: int, language: str, holdout: str) -> dict:
     """Train the tiny Transformer on CLDR phrases with its recipe; its scores on the
     test pairs, greedy and with the paper's beam. Ships en-fr, random split."""
@@ -55,22 +62,27 @@ def train_phrases(seed: int, language: str, holdout: str) -> dict:
         ship(model, task, SHIPPED)
     beam = task.evaluate(model, "test", num_beams=4)
     return {
-        **task.evaluate(model, "test"), **{
-            f"beam_{name}": beam[name]
-            for name in ("exact", "bleu")
-        }, "losses": [row["loss"] for row in history[::25]], "opening": opening(history)
+        **task.evaluate(model, "test"),
+        **{f"beam_{name}": beam[name] for name in ("exact", "bleu")},
+        "losses": [row["loss"] for row in history[::25]],
+        "opening": opening(history),
     }
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #2bcf4b79
 def stretched(recipe: Recipe, steps: int, seed: int) -> Recipe:
     "The recipe over another number of steps, its warm-up in proportion."
-    return replace(recipe, max_steps=steps,
-                   warmup_steps=recipe.warmup_steps * steps // recipe.max_steps,
-                   seed=seed)
+    return replace(
+        recipe,
+        max_steps=steps,
+        warmup_steps=recipe.warmup_steps * steps // recipe.max_steps,
+        seed=seed,
+    )
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #9f6218d9
-RACE = [{"name": "seq2seq_bahdanau", "steps": 700},
-        {"name": "transformer_tiny", "steps": 550}]
+RACE = [
+    {"name": "seq2seq_bahdanau", "steps": 700},
+    {"name": "transformer_tiny", "steps": 550},
+]
 
 
 @experiment("transformer", "race", RACE, seeds=range(3))
@@ -79,15 +91,20 @@ def train_race(seed: int, name: str, steps: int) -> dict:
     its parameters, processor seconds of the training, scores on the test pairs."""
     scores, info = {}, model_info(name)
     for holdout in ("random", "unit"):
-        task = create_task("translation", "cldr-en-fr", holdout=holdout,
-                           joint_vocabulary=name == SHIPPED)
+        task = create_task(
+            "translation",
+            "cldr-en-fr",
+            holdout=holdout,
+            joint_vocabulary=name == SHIPPED,
+        )
         torch.manual_seed(seed)
         model = create_model(name, **{**info.tiny, **task.overrides()})
         begun = time.process_time()
         train(model, task, stretched(info.recipes["tiny"], steps, seed), progress=False)
         found = {
             "seconds": time.process_time() - begun,
-            "parameters": count_parameters(model), **task.evaluate(model, "test")
+            "parameters": count_parameters(model),
+            **task.evaluate(model, "test"),
         }
         scores |= {f"{holdout}_{key}": value for key, value in found.items()}
     return scores
@@ -98,17 +115,32 @@ def joint_phrases(most: int = 3) -> TranslationTask:
     "The joined phrases of `joined_phrases`, with one vocabulary for both languages."
     task = joined_phrases(most)
     pairs = {split: task.pairs(split) for split in ("train", "valid", "test")}
-    sides = [[pair.source for pair in pairs["train"]],
-             [pair.target for pair in pairs["train"]]]
-    return TranslationTask(*Vocabulary.build_joint(sides, ("en", "fr")), pairs,
-                           joint_vocabulary=True)
+    sides = [
+        [pair.source for pair in pairs["train"]],
+        [pair.target for pair in pairs["train"]],
+    ]
+    return TranslationTask(
+        *Vocabulary.build_joint(sides, ("en", "fr")), pairs, joint_vocabulary=True
+    )
+
 
 SMALL = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 128, "max_position_embeddings": 128, "dropout": 0.0
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
 }
-SHORT = Recipe(learning_rate=4e-3, betas=(0.9, 0.98), schedule="cosine",
-               warmup_steps=50, max_steps=350, batch_size=64, clip_norm=1.0)
+SHORT = Recipe(
+    learning_rate=4e-3,
+    betas=(0.9, 0.98),
+    schedule="cosine",
+    warmup_steps=50,
+    max_steps=350,
+    batch_size=64,
+    clip_norm=1.0,
+)
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #e1a174d5
 class NarrowAttend(DotProductAttend):
@@ -118,16 +150,23 @@ class NarrowAttend(DotProductAttend):
         super().__init__()
         self.key_size = key_size
 
-    def forward(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"],
-                v: Float[Tensor, "b h m c"], mask: Bool[Tensor, "..."] | None = None,
-                is_causal: bool = False) -> Float[Tensor, "b h n c"]:
-        return super().forward(q[..., :self.key_size], k[..., :self.key_size], v, mask,
-                               is_causal)
+    def forward(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        v: Float[Tensor, "b h m c"],
+        mask: Bool[Tensor, "..."] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "b h n c"]:
+        return super().forward(
+            q[..., : self.key_size], k[..., : self.key_size], v, mask, is_causal
+        )
 
 
 @torch.no_grad()
-def altered(config: TransformerConfig, key_size: int | None = None,
-            places: float | None = None) -> Transformer:
+def altered(
+    config: TransformerConfig, key_size: int | None = None, places: float | None = None
+) -> Transformer:
     """A Transformer, with keys of another size, or with its positions scaled to a root
     mean square of `places`."""
     model = Transformer(config)
@@ -140,102 +179,145 @@ def altered(config: TransformerConfig, key_size: int | None = None,
     return model
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #b60723cb
-ROWS = ([{}] + [{"num_attention_heads": h} for h in (1, 2, 8, 16)]  # A
-        + [{"key_size": k} for k in (8, 4, 1)]  # B
-        + [{"num_hidden_layers": n}
-           for n in (1, 4)] + [{"intermediate_size": f}
-                               for f in (32, 512)] + [{"hidden_size": d}
-                                                      for d in (32, 128)]  # C
-        + [{"positions": "learned"}, {"positions": "learned", "places": 0.02},
-           {"places": 0.0}])  # E
+ROWS = (
+    [{}]
+    + [{"num_attention_heads": h} for h in (1, 2, 8, 16)]  # A
+    + [{"key_size": k} for k in (8, 4, 1)]  # B
+    + [{"num_hidden_layers": n} for n in (1, 4)]
+    + [{"intermediate_size": f} for f in (32, 512)]
+    + [{"hidden_size": d} for d in (32, 128)]  # C
+    + [
+        {"positions": "learned"},
+        {"positions": "learned", "places": 0.02},
+        {"places": 0.0},
+    ]
+)  # E
 
 
 @experiment("transformer", "ablations", ROWS, seeds=range(5))
-def train_ablation(seed: int, key_size: int | None = None, places: float | None = None,
-                   steps: int = SHORT.max_steps, **change) -> dict:
+def train_ablation(
+    seed: int,
+    key_size: int | None = None,
+    places: float | None = None,
+    steps: int = SHORT.max_steps,
+    **change,
+) -> dict:
     """Train one variant on joined phrases; its scores on the test pairs and on longer
     ones than it has seen."""
     task = joint_phrases()
     torch.manual_seed(seed)
-    model = altered(TransformerConfig(**{**SMALL, **task.overrides(), **change}),
-                    key_size, places)
-    history = train(model, task, replace(SHORT, max_steps=steps, seed=seed),
-                    progress=False)
+    model = altered(
+        TransformerConfig(**{**SMALL, **task.overrides(), **change}), key_size, places
+    )
+    history = train(
+        model, task, replace(SHORT, max_steps=steps, seed=seed), progress=False
+    )
     return {
-        **task.evaluate(model, "test"), "longer_bleu": longer_bleu(model),
-        "opening": opening(history), "parameters": sum(
-            p.numel() for p in model.parameters())
+        **task.evaluate(model, "test"),
+        "longer_bleu": longer_bleu(model),
+        "opening": opening(history),
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #6f9fab69
 @torch.no_grad()
 def longer_bleu(model: nn.Module) -> float:
     "BLEU on sentences of four and five phrases, of the same words as the test pairs."
-    task, longer = (joint_phrases(), [
-        pair for pair in joined_phrases(5).pairs("test") if len(pair.group.split()) > 3
-    ])
+    task, longer = (
+        joint_phrases(),
+        [
+            pair
+            for pair in joined_phrases(5).pairs("test")
+            if len(pair.group.split()) > 3
+        ],
+    )
     texts = task.predict(model, [pair.source for pair in longer])
     return translation_scores(texts, [pair.target for pair in longer], "fr")["bleu"]
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #93b82639
-DROPOUT = [{"dropout": p, "pairs": 12_000}
-           for p in (0.0, 0.1)] + [{"dropout": p, "pairs": 1_500}
-                                   for p in (0.0, 0.1, 0.3)]
+DROPOUT = [{"dropout": p, "pairs": 12_000} for p in (0.0, 0.1)] + [
+    {"dropout": p, "pairs": 1_500} for p in (0.0, 0.1, 0.3)
+]
 
 
 @experiment("transformer", "dropout", DROPOUT, seeds=range(5))
-def train_dropout(seed: int, dropout: float, pairs: int,
-                  steps: int = SHORT.max_steps) -> dict:
+def train_dropout(
+    seed: int, dropout: float, pairs: int, steps: int = SHORT.max_steps
+) -> dict:
     """Train with a rate of dropout on the first `pairs` training pairs; the loss on
     pairs it has seen, scores on the test pairs."""
     whole = joint_phrases()
     some = {
-        split: whole.pairs(split)[:pairs if split == "train" else None]
+        split: whole.pairs(split)[: pairs if split == "train" else None]
         for split in ("train", "valid", "test")
     }
-    task = TranslationTask(whole.source_vocab, whole.target_vocab, some,
-                           joint_vocabulary=True)
+    task = TranslationTask(
+        whole.source_vocab, whole.target_vocab, some, joint_vocabulary=True
+    )
     torch.manual_seed(seed)
     model = Transformer(
-        TransformerConfig(**{**SMALL, **task.overrides(), "dropout": dropout}))
-    history = train(model, task, replace(SHORT, max_steps=steps, seed=seed),
-                    progress=False)
-    seen = TranslationTask(whole.source_vocab, whole.target_vocab,
-                           {"test": some["train"][:600]}, joint_vocabulary=True)
+        TransformerConfig(**{**SMALL, **task.overrides(), "dropout": dropout})
+    )
+    history = train(
+        model, task, replace(SHORT, max_steps=steps, seed=seed), progress=False
+    )
+    seen = TranslationTask(
+        whole.source_vocab,
+        whole.target_vocab,
+        {"test": some["train"][:600]},
+        joint_vocabulary=True,
+    )
     with torch.no_grad():
         return {
-            **task.evaluate(model, "test"), "seen_loss": seen.token_loss(model, "test"),
-            "opening": opening(history)
+            **task.evaluate(model, "test"),
+            "seen_loss": seen.token_loss(model, "test"),
+            "opening": opening(history),
         }
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #5fbdae76
-CHOICES = ([{"label_smoothing": e} for e in (0.0, 0.1)] +
-           [{"norm_first": first, "num_hidden_layers": 4, "warmup_steps": w}
-            for first in (False, True) for w in (0, 50)] +
-           [{"norm_first": True, "num_hidden_layers": 2, "warmup_steps": 50}] +
-           [{"schedule": "constant", "average_last": last} for last in (None, 5)])
+CHOICES = (
+    [{"label_smoothing": e} for e in (0.0, 0.1)]
+    + [
+        {"norm_first": first, "num_hidden_layers": 4, "warmup_steps": w}
+        for first in (False, True)
+        for w in (0, 50)
+    ]
+    + [{"norm_first": True, "num_hidden_layers": 2, "warmup_steps": 50}]
+    + [{"schedule": "constant", "average_last": last} for last in (None, 5)]
+)
 
 
 @experiment("transformer", "recipes", CHOICES, seeds=range(5))
-def train_recipe(seed: int, steps: int = SHORT.max_steps, norm_first: bool = False,
-                 num_hidden_layers: int = 2, **change) -> dict:
+def train_recipe(
+    seed: int,
+    steps: int = SHORT.max_steps,
+    norm_first: bool = False,
+    num_hidden_layers: int = 2,
+    **change,
+) -> dict:
     """Train with another recipe on joined phrases; its scores on the test pairs.
     Averages are of weights twenty steps apart."""
-    task, recipe = (joint_phrases(),
-                    replace(SHORT, max_steps=steps, seed=seed, average_every=20,
-                            **change))
+    task, recipe = (
+        joint_phrases(),
+        replace(SHORT, max_steps=steps, seed=seed, average_every=20, **change),
+    )
     torch.manual_seed(seed)
     size = {
-        **SMALL, **task.overrides(), "norm_first": norm_first,
-        "num_hidden_layers": num_hidden_layers
+        **SMALL,
+        **task.overrides(),
+        "norm_first": norm_first,
+        "num_hidden_layers": num_hidden_layers,
     }
     model = Transformer(TransformerConfig(**size))
     history = train(model, task, recipe, progress=False)
     return {**task.evaluate(model, "test"), "opening": opening(history)}
 
 # %% ../../nbs/sequence/04_transformer_experiments.ipynb #01c67780
-CROSSING = [{"words": n, "width": d} for d in (64, 256)
-            for n in (16, 32, 64, 128, 256, 512, 1024)]
+CROSSING = [
+    {"words": n, "width": d}
+    for d in (64, 256)
+    for n in (16, 32, 64, 128, 256, 512, 1024)
+]
 
 
 @experiment("transformer", "crossing", CROSSING, seeds=range(5))
@@ -243,8 +325,10 @@ CROSSING = [{"words": n, "width": d} for d in (64, 256)
 def time_layers(seed: int, words: int, width: int) -> dict:
     "Milliseconds of a layer of self-attention and of an LSTM on 4 sentences."
     torch.manual_seed(seed)
-    attention, lstm = (MultiHeadAttention(
-        width, 4).eval(), nn.LSTM(width, width, batch_first=True))
+    attention, lstm = (
+        MultiHeadAttention(width, 4).eval(),
+        nn.LSTM(width, width, batch_first=True),
+    )
     x = torch.randn(4, words, width)
     time = paired(lambda: attention(x), lambda: lstm(x), rounds=8, least=0.01)
     return {"attention": 1000 * time.seconds, "lstm": 1000 * time.reference_seconds}

@@ -15,14 +15,17 @@ from .transformer import TORCH_LAYOUT, Transformer, TransformerConfig
 from ..zoo.benchmark import Work, benchmark_pair
 
 # %% ../../nbs/sequence/04_transformer_speed.ipynb #18333990
-def torch_twins(layers: int = 2, d: int = 512, heads: int = 8,
-                d_ff: int = 2048) -> tuple[nn.Transformer, Transformer]:
+def torch_twins(
+    layers: int = 2, d: int = 512, heads: int = 8, d_ff: int = 2048
+) -> tuple[nn.Transformer, Transformer]:
     "torch's stacks and ours, with the same weights."
     torch.manual_seed(0)
     reference = nn.Transformer(d, heads, layers, layers, d_ff, 0.0, batch_first=True)
     ours = Transformer(
-        TransformerConfig(100, d, layers, heads, d_ff, 0.0, final_norm=True,
-                          attention_bias=True))
+        TransformerConfig(
+            100, d, layers, heads, d_ff, 0.0, final_norm=True, attention_bias=True
+        )
+    )
     ours.load_state_dict(TORCH_LAYOUT.apply(reference.state_dict()), strict=False)
     return reference, ours
 
@@ -32,13 +35,15 @@ def stack_flops(config: TransformerConfig, b: int, n: int, m: int) -> int:
     products of matrices, two for each multiply-add."""
     d, f = config.hidden_size, config.intermediate_size
     encoder = n * (4 * d * d + 2 * d * f) + 2 * n * n * d
-    decoder = (m * (6 * d * d + 2 * d * f) + 2 * n * d * d + 2 * m * m * d +
-               2 * m * n * d)
+    decoder = (
+        m * (6 * d * d + 2 * d * f) + 2 * n * d * d + 2 * m * m * d + 2 * m * n * d
+    )
     return 2 * b * config.num_hidden_layers * (encoder + decoder)
 
 # %% ../../nbs/sequence/04_transformer_speed.ipynb #9f55d625
-def torch_pair(training: bool, padded: bool, b: int = 8,
-               n: int = 64) -> tuple[Work, Work, int]:
+def torch_pair(
+    training: bool, padded: bool, b: int = 8, n: int = 64
+) -> tuple[Work, Work, int]:
     """Both stacks on vectors (b n d), forward in evaluation mode or forward and
     backward in training mode; sentences of n/2 to n words if padded."""
     reference, ours = (model.train(training) for model in torch_twins())
@@ -51,20 +56,30 @@ def torch_pair(training: bool, padded: bool, b: int = 8,
         return ours.decoder(y, ours.encoder(x, mask), mask)
 
     def run_reference() -> Tensor:
-        return reference(x, y, tgt_mask=causal, tgt_is_causal=True,
-                         src_key_padding_mask=hidden, memory_key_padding_mask=hidden)
+        return reference(
+            x,
+            y,
+            tgt_mask=causal,
+            tgt_is_causal=True,
+            src_key_padding_mask=hidden,
+            memory_key_padding_mask=hidden,
+        )
 
     flops = stack_flops(ours.config, b, n, n)
     if training:
-        return (lambda: run_ours().sum().backward(),
-                lambda: run_reference().sum().backward(), 3 * flops)
+        return (
+            lambda: run_ours().sum().backward(),
+            lambda: run_reference().sum().backward(),
+            3 * flops,
+        )
     return torch.no_grad()(run_ours), torch.no_grad()(run_reference), flops
 
 # %% ../../nbs/sequence/04_transformer_speed.ipynb #8288aa26
 for training, padded in ((False, False), (False, True), (True, False), (True, True)):
     title = "Transformer forward" + " and backward" * training + ", padded" * padded
     benchmark_pair(f"{title} vs torch.nn.Transformer")(
-        lambda training=training, padded=padded: torch_pair(training, padded))
+        lambda training=training, padded=padded: torch_pair(training, padded)
+    )
 
 # %% ../../nbs/sequence/04_transformer_speed.ipynb #e7ac9bc9
 def _marian_names(layers: int) -> dict[str, list[str]]:
@@ -73,13 +88,15 @@ def _marian_names(layers: int) -> dict[str, list[str]]:
     names = {"embedding.words.weight": ["model.shared.weight"]}
     parts = {
         "encoder": {
-            "attention": "self_attn", "attention_path": "self_attn_layer_norm",
-            "feed_forward_path": "final_layer_norm"
+            "attention": "self_attn",
+            "attention_path": "self_attn_layer_norm",
+            "feed_forward_path": "final_layer_norm",
         }
     }
     parts["decoder"] = {
-        **parts["encoder"], "cross_attention": "encoder_attn",
-        "cross_path": "encoder_attn_layer_norm"
+        **parts["encoder"],
+        "cross_attention": "encoder_attn",
+        "cross_path": "encoder_attn_layer_norm",
     }
     for prefix in (f"{side}.layers.{i}." for side in parts for i in range(layers)):
         for end in ("weight", "bias"):
@@ -102,8 +119,14 @@ def _marian_names(layers: int) -> dict[str, list[str]]:
 
 # %% ../../nbs/sequence/04_transformer_speed.ipynb #70bc9682
 @torch.no_grad()
-def marian_twins(vocab_size: int = 8000, layers: int = 2, d: int = 512, heads: int = 8,
-                 d_ff: int = 2048, places: int = 256):
+def marian_twins(
+    vocab_size: int = 8000,
+    layers: int = 2,
+    d: int = 512,
+    heads: int = 8,
+    d_ff: int = 2048,
+    places: int = 256,
+):
     """A MarianMTModel and our Transformer with the same weights, in evaluation mode.
     `ConfigError` without transformers."""
     need("transformers", "notebooks")
@@ -117,40 +140,74 @@ def marian_twins(vocab_size: int = 8000, layers: int = 2, d: int = 512, heads: i
         for what, size in each.items()
     }
     reference = MarianMTModel(
-        MarianConfig(vocab_size=vocab_size, d_model=d, activation_function="relu",
-                     dropout=0.0, scale_embedding=True, max_position_embeddings=places,
-                     pad_token_id=0, bos_token_id=1, decoder_start_token_id=1,
-                     eos_token_id=2, forced_eos_token_id=None, **stacks)).eval()
+        MarianConfig(
+            vocab_size=vocab_size,
+            d_model=d,
+            activation_function="relu",
+            dropout=0.0,
+            scale_embedding=True,
+            max_position_embeddings=places,
+            pad_token_id=0,
+            bos_token_id=1,
+            decoder_start_token_id=1,
+            eos_token_id=2,
+            forced_eos_token_id=None,
+            **stacks,
+        )
+    ).eval()
     ours = Transformer(
-        TransformerConfig(vocab_size, d, layers, heads, d_ff, 0.0, attention_bias=True,
-                          max_position_embeddings=places)).eval()
+        TransformerConfig(
+            vocab_size,
+            d,
+            layers,
+            heads,
+            d_ff,
+            0.0,
+            attention_bias=True,
+            max_position_embeddings=places,
+        )
+    ).eval()
     state = reference.state_dict()
-    ours.load_state_dict({
-        name: torch.cat([state[one] for one in theirs])
-        for name, theirs in _marian_names(layers).items()
-    })
+    ours.load_state_dict(
+        {
+            name: torch.cat([state[one] for one in theirs])
+            for name, theirs in _marian_names(layers).items()
+        }
+    )
     for side in (reference.model.encoder, reference.model.decoder):
         side.embed_positions.weight.copy_(ours.embedding.positions.weight)
     return reference, ours
 
 # %% ../../nbs/sequence/04_transformer_speed.ipynb #26b4746d
 @benchmark_pair("Transformer writing, greedy vs transformers' Marian")
-def greedy_pair(num_beams: int = 1, b: int = 8, n: int = 24, m: int = 40,
-                layers: int = 6) -> tuple[Work, Work, int]:
+def greedy_pair(
+    num_beams: int = 1, b: int = 8, n: int = 24, m: int = 40, layers: int = 6
+) -> tuple[Work, Work, int]:
     """Both write m words for b sources of n words; with these weights, no translation
     ends by itself."""
     reference, ours = marian_twins(layers=layers)
     source = torch.randint(3, ours.config.vocab_size, (b, n))
 
     def run_reference() -> Tensor:
-        return reference.generate(input_ids=source, max_new_tokens=m, min_new_tokens=m,
-                                  num_beams=num_beams, do_sample=False)
+        return reference.generate(
+            input_ids=source,
+            max_new_tokens=m,
+            min_new_tokens=m,
+            num_beams=num_beams,
+            do_sample=False,
+        )
 
     c, rows = ours.config, b * num_beams
-    flops = (stack_flops(c, b, n, 0) + stack_flops(c, rows, 0, m) +
-             2 * rows * m * c.hidden_size * c.vocab_size)
-    return (lambda: ours.generate(source, max_new_tokens=m, num_beams=num_beams),
-            run_reference, flops)
+    flops = (
+        stack_flops(c, b, n, 0)
+        + stack_flops(c, rows, 0, m)
+        + 2 * rows * m * c.hidden_size * c.vocab_size
+    )
+    return (
+        lambda: ours.generate(source, max_new_tokens=m, num_beams=num_beams),
+        run_reference,
+        flops,
+    )
 
 
 @benchmark_pair("Transformer writing, 4 beams vs transformers' Marian")

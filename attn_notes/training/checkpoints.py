@@ -48,7 +48,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} is not a readable checkpoint: {reason}") from None
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {reason}"
+        ) from None
 
 # %% ../../nbs/training/04_checkpoints.ipynb #491ad6ad
 def writable_folder(path: str | Path) -> Path:
@@ -59,7 +61,9 @@ def writable_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ConfigError(f"output folder {path} can not be written: {error.strerror}") from None
+        raise ConfigError(
+            f"output folder {path} can not be written: {error.strerror}"
+        ) from None
     return path
 
 # %% ../../nbs/training/04_checkpoints.ipynb #4c0f66e5
@@ -67,7 +71,9 @@ def writable_folder(path: str | Path) -> Path:
 def interruptible() -> Iterator[list[int]]:
     """A list that fills when Ctrl-C comes, while the work goes on; the second Ctrl-C acts as ever."""
     came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():        # Python gives signals to the main thread only
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python gives signals to the main thread only
         yield came
         return
     before = signal.getsignal(signal.SIGINT)

@@ -25,11 +25,15 @@ from .checkpoints import atomic_write
 def artifacts_folder() -> Path:
     """nbs/artifacts of the book's source tree: the one around the working folder, or else the one this package lies in."""
     here = Path.cwd()
-    package = [Path(__file__).resolve().parents[2]] if "__file__" in globals() else []       # a notebook has no __file__
+    package = (
+        [Path(__file__).resolve().parents[2]] if "__file__" in globals() else []
+    )  # a notebook has no __file__
     for root in (here, *here.parents, *package):
         if (root / "nbs").is_dir() and (root / "settings.ini").is_file():
             return root / "nbs" / "artifacts"
-    raise InputError(f"expected to run inside the book's source tree (a folder with nbs/ and settings.ini), got {here}")
+    raise InputError(
+        f"expected to run inside the book's source tree (a folder with nbs/ and settings.ini), got {here}"
+    )
 
 
 def _path(chapter: str, experiment: str) -> Path:
@@ -40,31 +44,60 @@ def versions() -> dict[str, str]:
     """What the numbers depend on."""
     import numpy
     import torch
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
 
 
 def _once(function: Callable[..., dict], config: dict, seed: int) -> dict:
     """One run, on one thread, which gives the same numbers however many cores the machine has."""
     import torch
+
     threads, begun = torch.get_num_threads(), time.process_time()
     torch.set_num_threads(1)
     try:
         metrics = function(seed=seed, **config)
     finally:
         torch.set_num_threads(threads)
-    return {"config": config, "seed": seed, "metrics": metrics, "seconds": round(time.process_time() - begun, 2), "versions": versions()}
+    return {
+        "config": config,
+        "seed": seed,
+        "metrics": metrics,
+        "seconds": round(time.process_time() - begun, 2),
+        "versions": versions(),
+    }
 
 # %% ../../nbs/training/06_experiments.ipynb #ebcab659
-def run(chapter: str, experiment: str, function: Callable[..., dict], settings: Sequence[dict], seeds: Iterable[int],
-        workers: int = 1) -> list[dict]:
+def run(
+    chapter: str,
+    experiment: str,
+    function: Callable[..., dict],
+    settings: Sequence[dict],
+    seeds: Iterable[int],
+    workers: int = 1,
+) -> list[dict]:
     """Run `function(seed=..., **setting)` for all settings and seeds and store the rows; `workers` processes at a time."""
     jobs = [(function, dict(setting), seed) for setting in settings for seed in seeds]
     rows, begun = [], time.perf_counter()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else _Here() as pool:
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        if workers > 1
+        else _Here() as pool
+    ):
         for row in pool.map(_once, *zip(*jobs)):
             rows.append(row)
-            numbers = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row["metrics"].items() if not isinstance(v, (list, dict)))
-            print(f"{chapter}/{experiment} {len(rows)}/{len(jobs)} {row['config']} seed {row['seed']}: {numbers} ({time.perf_counter() - begun:.0f} s)", flush=True)
+            numbers = " ".join(
+                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                for k, v in row["metrics"].items()
+                if not isinstance(v, (list, dict))
+            )
+            print(
+                f"{chapter}/{experiment} {len(rows)}/{len(jobs)} {row['config']} seed {row['seed']}: {numbers} ({time.perf_counter() - begun:.0f} s)",
+                flush=True,
+            )
     path = _path(chapter, experiment)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -74,6 +107,7 @@ def run(chapter: str, experiment: str, function: Callable[..., dict], settings: 
 
 class _Here:
     """The pool of one: this process."""
+
     map = staticmethod(map)
 
     def __enter__(self):
@@ -86,6 +120,7 @@ class _Here:
 @dataclass(frozen=True)
 class Experiment:
     """One run as a function, and what it is run for."""
+
     function: Callable[..., dict]
     settings: tuple[dict, ...]
     seeds: tuple[int, ...]
@@ -94,11 +129,15 @@ class Experiment:
 EXPERIMENTS: dict[tuple[str, str], Experiment] = {}
 
 
-def experiment(chapter: str, name: str, settings: Iterable[dict], seeds: Iterable[int] = range(5)) -> Callable:
+def experiment(
+    chapter: str, name: str, settings: Iterable[dict], seeds: Iterable[int] = range(5)
+) -> Callable:
     """Decorator: register `function(seed, **setting) -> dict of numbers` under its chapter and name."""
+
     def register(function):
         EXPERIMENTS[chapter, name] = Experiment(function, tuple(settings), tuple(seeds))
         return function
+
     return register
 
 # %% ../../nbs/training/06_experiments.ipynb #15f2514e
@@ -110,32 +149,51 @@ def load(chapter: str, experiment: str) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     declared = EXPERIMENTS.get((chapter, experiment))
     if declared:
-        wanted = [[setting, seed] for setting in declared.settings for seed in declared.seeds]
-        if [[row["config"], row["seed"]] for row in rows] != json.loads(json.dumps(wanted)):
-            raise InputError(f"{path} holds other runs than the chapter declares; `{command}` remakes them")
+        wanted = [
+            [setting, seed] for setting in declared.settings for seed in declared.seeds
+        ]
+        if [[row["config"], row["seed"]] for row in rows] != json.loads(
+            json.dumps(wanted)
+        ):
+            raise InputError(
+                f"{path} holds other runs than the chapter declares; `{command}` remakes them"
+            )
     return rows
 
 
 def replay(chapter: str, experiment: str, index: int = 0) -> tuple[dict, dict]:
     """Run one stored run again: the metrics that are stored, and those it gives now."""
     row = load(chapter, experiment)[index]
-    return row["metrics"], _once(EXPERIMENTS[chapter, experiment].function, row["config"], row["seed"])["metrics"]
+    return row["metrics"], _once(
+        EXPERIMENTS[chapter, experiment].function, row["config"], row["seed"]
+    )["metrics"]
 
 
 def select(rows: list[dict], metric: str, **config) -> list[float]:
     """One metric of the rows with this configuration, in the order of the seeds."""
-    found = [row["metrics"][metric] for row in rows if config.items() <= row["config"].items()]
+    found = [
+        row["metrics"][metric]
+        for row in rows
+        if config.items() <= row["config"].items()
+    ]
     if not found:
-        raise InputError(f"no stored run has {config}; there are {[row['config'] for row in rows][:4]} ...")
+        raise InputError(
+            f"no stored run has {config}; there are {[row['config'] for row in rows][:4]} ..."
+        )
     return found
 
 # %% ../../nbs/training/06_experiments.ipynb #259f4d82
-def paired_interval(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+def paired_interval(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
     """Mean of a - b over paired seeds, and the ends of its t interval."""
     import numpy as np
     from scipy.stats import t
+
     if len(a) != len(b) or len(a) < 2:
-        raise InputError(f"expected two lists of equal length, at least 2, got {len(a)} and {len(b)}")
+        raise InputError(
+            f"expected two lists of equal length, at least 2, got {len(a)} and {len(b)}"
+        )
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     mean, error = difference.mean(), difference.std(ddof=1) / len(a) ** 0.5
     half = t.ppf((1 + confidence) / 2, len(a) - 1) * error
@@ -145,13 +203,31 @@ def paired_interval(a: Sequence[float], b: Sequence[float], confidence: float = 
 VERDICTS = ("contradicted", "not seen at this scale", "confirmed")
 
 
-def verdict(low: float, high: float, margin: float = 0.0, expected: str = "greater") -> str:
+def verdict(
+    low: float, high: float, margin: float = 0.0, expected: str = "greater"
+) -> str:
     """What an interval says of the statement that the difference is `greater` than the margin, `less` than minus the margin, or `equal` within it."""
     if expected not in ("greater", "less", "equal") or margin < 0 or not low <= high:
-        raise ConfigError(f"expected greater, less or equal, a margin of at least 0 and low <= high; got {expected!r}, {margin}, [{low}, {high}]")
-    above, below, within = low > margin, high < -margin, -margin <= low and high <= margin
-    for_it, against = {"greater": (above, below), "less": (below, above), "equal": (within, above or below)}[expected]
-    return "confirmed" if for_it else "contradicted" if against else "not seen at this scale"
+        raise ConfigError(
+            f"expected greater, less or equal, a margin of at least 0 and low <= high; got {expected!r}, {margin}, [{low}, {high}]"
+        )
+    above, below, within = (
+        low > margin,
+        high < -margin,
+        -margin <= low and high <= margin,
+    )
+    for_it, against = {
+        "greater": (above, below),
+        "less": (below, above),
+        "equal": (within, above or below),
+    }[expected]
+    return (
+        "confirmed"
+        if for_it
+        else "contradicted"
+        if against
+        else "not seen at this scale"
+    )
 
 
 def weakest(*verdicts: str) -> str:
@@ -162,27 +238,54 @@ def weakest(*verdicts: str) -> str:
 def import_chapters(chapters: Sequence[str] = ()) -> None:
     """Import the modules of these chapters (of all, if none is named), which registers their experiments."""
     import attn_notes
+
     for module in pkgutil.walk_packages(attn_notes.__path__, "attn_notes."):
-        if not module.ispkg and (not chapters or module.name.rsplit(".", 1)[-1].removesuffix("_experiments") in chapters):
+        if not module.ispkg and (
+            not chapters
+            or module.name.rsplit(".", 1)[-1].removesuffix("_experiments") in chapters
+        ):
             importlib.import_module(module.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiments of the chapters named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m attn_notes.training.experiments", description="Remake the stored results of the book's experiments.")
-    parser.add_argument("chapters", nargs="*", metavar="CHAPTER", help="such as cells or seq2seq; all if none is given")
+    parser = argparse.ArgumentParser(
+        prog="python -m attn_notes.training.experiments",
+        description="Remake the stored results of the book's experiments.",
+    )
+    parser.add_argument(
+        "chapters",
+        nargs="*",
+        metavar="CHAPTER",
+        help="such as cells or seq2seq; all if none is given",
+    )
     parser.add_argument("--only", metavar="NAME", help="one experiment of the chapter")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time (default: one a core)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="processes at a time (default: one a core)",
+    )
     options = parser.parse_args(arguments)
     import_chapters(options.chapters)
-    chosen = {key: e for key, e in EXPERIMENTS.items() if (not options.chapters or key[0] in options.chapters) and options.only in (None, key[1])}
+    chosen = {
+        key: e
+        for key, e in EXPERIMENTS.items()
+        if (not options.chapters or key[0] in options.chapters)
+        and options.only in (None, key[1])
+    }
     if not chosen:
         import_chapters()
-        parser.error(f"no experiment there; there are {sorted('/'.join(key) for key in EXPERIMENTS)}")
+        parser.error(
+            f"no experiment there; there are {sorted('/'.join(key) for key in EXPERIMENTS)}"
+        )
     for (chapter, name), e in chosen.items():
         run(chapter, name, e.function, e.settings, e.seeds, options.workers)
 
 # %% ../../nbs/training/06_experiments.ipynb #7d08821a
-if __name__ == "__main__" and "__file__" in globals():              # a notebook has no __file__
-    from attn_notes.training.experiments import main as _main        # not the copy that `python -m` makes of this module
+if __name__ == "__main__" and "__file__" in globals():  # a notebook has no __file__
+    from attn_notes.training.experiments import (
+        main as _main,
+    )  # not the copy that `python -m` makes of this module
+
     _main()

@@ -20,8 +20,19 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ..foundations.checks import CheckpointError, ConfigError, InputError, check_id_values, check_mask_rows
-from .checkpoints import interruptible, load_checkpoint, save_checkpoint, writable_folder
+from attn_notes.foundations.checks import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    check_id_values,
+    check_mask_rows,
+)
+from attn_notes.training.checkpoints import (
+    interruptible,
+    load_checkpoint,
+    save_checkpoint,
+    writable_folder,
+)
 from .recipes import Recipe, make_optimizer
 
 # %% ../../nbs/training/05_loop.ipynb #2a21025f
@@ -29,10 +40,14 @@ from .recipes import Recipe, make_optimizer
 class Task(Protocol):
     """What `train` needs to know of a task."""
 
-    def train_batches(self, recipe: Recipe, epoch: int, rank: int, world: int) -> Iterator[dict[str, Tensor]]:
+    def train_batches(
+        self, recipe: Recipe, epoch: int, rank: int, world: int
+    ) -> Iterator[dict[str, Tensor]]:
         """The batches of one epoch, the same at every call; process `rank` of `world` gets its rows of each, and none gets no batch where another gets one."""
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], recipe: Recipe) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor], recipe: Recipe
+    ) -> tuple[Tensor, Tensor]:
         """The loss summed over the tokens of a batch, and their number. Random numbers come from torch."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -48,17 +63,26 @@ class History(list):
         return [row["step"] for row in rows], [row[name] for row in rows]
 
 # %% ../../nbs/training/05_loop.ipynb #a6fabcb7
-_VOCABULARY = {"source": "source_vocab_size", "target_in": "target_vocab_size", "target_out": "target_vocab_size", "input_ids": "vocab_size"}
+_VOCABULARY = {
+    "source": "source_vocab_size",
+    "target_in": "target_vocab_size",
+    "target_out": "target_vocab_size",
+    "input_ids": "vocab_size",
+}
 
 
 def check_batch(batch: dict[str, Tensor], config: Any = None) -> None:
     """InputError for an empty tensor, an id outside the vocabulary, a mask that hides a whole row, or a number that is not finite."""
     for name, values in batch.items():
         if not values.numel():
-            raise InputError(f"{name}: expected at least one row and one token; got shape {tuple(values.shape)}")
+            raise InputError(
+                f"{name}: expected at least one row and one token; got shape {tuple(values.shape)}"
+            )
         if values.is_floating_point():
             if not values.isfinite().all():
-                raise InputError(f"{name}: expected finite numbers; got nan or infinity")
+                raise InputError(
+                    f"{name}: expected finite numbers; got nan or infinity"
+                )
         elif values.dtype == torch.bool and name.endswith("mask"):
             check_mask_rows(values, name)
         elif hasattr(config, _VOCABULARY.get(name, "")):
@@ -71,12 +95,21 @@ def _accelerator(recipe: Recipe, folder: Path | None):
     from accelerate.state import AcceleratorState
     from accelerate.utils import is_tensorboard_available
 
-    AcceleratorState._reset_state()                  # an earlier run of this process may have had another precision
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     tracker = "tensorboard" if folder and is_tensorboard_available() else None
-    on_cpu = not torch.accelerator.is_available()    # without being told, Accelerate joins no processes there
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=recipe.precision, log_with=tracker, project_dir=folder)
+    on_cpu = (
+        not torch.accelerator.is_available()
+    )  # without being told, Accelerate joins no processes there
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=recipe.precision,
+        log_with=tracker,
+        project_dir=folder,
+    )
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("recipe: precision fp16 needs a GPU; on the CPU take bf16 or no")
+        raise ConfigError(
+            "recipe: precision fp16 needs a GPU; on the CPU take bf16 or no"
+        )
     return accelerator
 
 # %% ../../nbs/training/05_loop.ipynb #5cd8f3da
@@ -90,15 +123,24 @@ def _average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
 class Run:
     """What changes while training."""
 
-    def __init__(self, model: nn.Module, task: Task, recipe: Recipe, folder: Path | None = None):
+    def __init__(
+        self, model: nn.Module, task: Task, recipe: Recipe, folder: Path | None = None
+    ):
         self.bare, self.task, self.recipe, self.folder = model, task, recipe, folder
         self.accelerator = _accelerator(recipe, folder)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model.parameters(), recipe))
+        self.rank, self.world = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(
+            model, make_optimizer(model.parameters(), recipe)
+        )
         self.average = _average(model, recipe)
         self.step, self.epoch, self.position, self.seconds = 0, 0, 0, 0.0
         self.history, self.metrics = History(), None
-        torch.manual_seed(recipe.seed + self.rank)                        # dropout differs from process to process
+        torch.manual_seed(
+            recipe.seed + self.rank
+        )  # dropout differs from process to process
 
 # %% ../../nbs/training/05_loop.ipynb #ece68ac4
 @patch
@@ -108,7 +150,9 @@ def batches(self: Run) -> Iterator[dict[str, Tensor]]:
 
     while True:
         position = -1
-        for position, batch in enumerate(self.task.train_batches(self.recipe, self.epoch, self.rank, self.world)):
+        for position, batch in enumerate(
+            self.task.train_batches(self.recipe, self.epoch, self.rank, self.world)
+        ):
             if position >= self.position:
                 check_batch(batch, getattr(self.bare, "config", None))
                 self.position = position + 1
@@ -121,18 +165,29 @@ def batches(self: Run) -> Iterator[dict[str, Tensor]]:
 @patch
 def total(self: Run, *values) -> list[float]:
     """Sums over all processes."""
-    mine = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.accelerator.device) for v in values])
+    mine = torch.stack(
+        [
+            torch.as_tensor(v, dtype=torch.float32, device=self.accelerator.device)
+            for v in values
+        ]
+    )
     return self.accelerator.reduce(mine, "sum").tolist()
 
 # %% ../../nbs/training/05_loop.ipynb #93d2c745
 @patch
-def backward(self: Run, batch: dict[str, Tensor], unit: float | None) -> tuple[float, float, float]:
+def backward(
+    self: Run, batch: dict[str, Tensor], unit: float | None
+) -> tuple[float, float, float]:
     """Add one batch's gradient, divided by `unit` (None: by its own weight). Summed loss, tokens and weight of the batch, over all processes."""
     loss, count = self.task.loss(self.model, batch, self.recipe)
     sequences = len(next(iter(batch.values())))
-    loss_sum, tokens, rows = self.total(loss.detach(), count, sequences * (count > 0))    # a share without a token is padding
+    loss_sum, tokens, rows = self.total(
+        loss.detach(), count, sequences * (count > 0)
+    )  # a share without a token is padding
     if not math.isfinite(loss_sum):
-        raise ConfigError(f"the loss became {loss_sum} at step {self.step + 1} (learning rate {self.recipe.lr(self.step + 1):.3g}): lower the learning rate, warm up or clip")
+        raise ConfigError(
+            f"the loss became {loss_sum} at step {self.step + 1} (learning rate {self.recipe.lr(self.step + 1):.3g}): lower the learning rate, warm up or clip"
+        )
     weight = tokens if self.recipe.average_over == "tokens" else rows
     if weight == 0:
         raise InputError(f"the batch of step {self.step + 1} has no token to predict")
@@ -147,7 +202,11 @@ def update(self: Run) -> dict[str, float]:
     sums, unit = [], None
     for i in range(recipe.accumulate):
         batch = next(self.stream)
-        with self.accelerator.no_sync(self.model) if i + 1 < recipe.accumulate else nullcontext():
+        with (
+            self.accelerator.no_sync(self.model)
+            if i + 1 < recipe.accumulate
+            else nullcontext()
+        ):
             sums.append(self.backward(batch, unit))
         unit = unit or sums[0][2]
     loss_sum, tokens, weight = map(sum, zip(*sums))
@@ -185,7 +244,9 @@ def record(self: Run, row: dict[str, float]) -> None:
     self.history.append(row)
     if self.metrics:
         self.metrics.write(json.dumps(row).encode() + b"\n")
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        self.accelerator.log(
+            {k: v for k, v in row.items() if k != "step"}, step=row["step"]
+        )
 
 # %% ../../nbs/training/05_loop.ipynb #00cb3e02
 @patch
@@ -201,15 +262,32 @@ def save(self: Run) -> None:
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
         parts = {name: part.state_dict() for name, part in self.parts().items()}
-        place = {name: getattr(self, name) for name in ("step", "epoch", "position", "seconds")}
-        save_checkpoint(self.folder / "checkpoint.pt", {"recipe": asdict(self.recipe), **place, **parts, "random": random, "metrics": self.metrics.tell()})
-    self.accelerator.wait_for_everyone()                                  # nobody resumes from the file before
+        place = {
+            name: getattr(self, name)
+            for name in ("step", "epoch", "position", "seconds")
+        }
+        save_checkpoint(
+            self.folder / "checkpoint.pt",
+            {
+                "recipe": asdict(self.recipe),
+                **place,
+                **parts,
+                "random": random,
+                "metrics": self.metrics.tell(),
+            },
+        )
+    self.accelerator.wait_for_everyone()  # nobody resumes from the file before
 
 
 @patch
 def parts(self: Run) -> dict[str, Any]:
     """What has a state dictionary."""
-    found = {"model": self.bare, "optimizer": self.optimizer, "average": self.average, "scaler": self.accelerator.scaler}
+    found = {
+        "model": self.bare,
+        "optimizer": self.optimizer,
+        "average": self.average,
+        "scaler": self.accelerator.scaler,
+    }
     return {name: part for name, part in found.items() if part is not None}
 
 # %% ../../nbs/training/05_loop.ipynb #532566f5
@@ -217,17 +295,23 @@ def parts(self: Run) -> dict[str, Any]:
 def restore(self: Run, state: dict[str, Any]) -> None:
     """Continue from a checkpoint. CheckpointError when it does not fit this run."""
     if len(state["random"]) != self.world:
-        raise CheckpointError(f"the run in {self.folder} was made by {len(state['random'])} processes; resume it with as many, got {self.world}")
+        raise CheckpointError(
+            f"the run in {self.folder} was made by {len(state['random'])} processes; resume it with as many, got {self.world}"
+        )
     try:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint in {self.folder} is of another model: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(
+            f"the checkpoint in {self.folder} is of another model: {' '.join(str(error).split())[:200]}"
+        ) from None
     for name in ("step", "epoch", "position", "seconds"):
         setattr(self, name, state[name])
     torch.set_rng_state(state["random"][self.rank]["cpu"])
     if self.accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(state["random"][self.rank]["cuda"], self.accelerator.device)
+        torch.cuda.set_rng_state(
+            state["random"][self.rank]["cuda"], self.accelerator.device
+        )
 
 # %% ../../nbs/training/05_loop.ipynb #1d3bebd0
 @patch
@@ -236,12 +320,16 @@ def open_metrics(self: Run, length: int) -> None:
     path = self.folder / "metrics.jsonl"
     known = path.read_bytes()[:length] if length and path.is_file() else b""
     if len(known) < length:
-        raise CheckpointError(f"{path} is shorter than its checkpoint says: {len(known)} bytes of {length}")
+        raise CheckpointError(
+            f"{path} is shorter than its checkpoint says: {len(known)} bytes of {length}"
+        )
     self.history.extend(json.loads(line) for line in known.splitlines())
     if self.accelerator.is_main_process:
         self.metrics = open(path, "ab")
         self.metrics.truncate(length)
-        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
+        self.accelerator.init_trackers(
+            "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}}
+        )
 
 # %% ../../nbs/training/05_loop.ipynb #e6c76dd8
 @contextmanager
@@ -265,7 +353,9 @@ def _opened(run: Run, state: dict[str, Any] | None) -> Iterator[None]:
         run.bare.eval()
 
 # %% ../../nbs/training/05_loop.ipynb #966a7b2a
-def _start(output_dir: str | Path | None, recipe: Recipe, resume: bool) -> tuple[Path | None, dict | None]:
+def _start(
+    output_dir: str | Path | None, recipe: Recipe, resume: bool
+) -> tuple[Path | None, dict | None]:
     """The folder of the run and the checkpoint to resume from, or the reason why not."""
     if output_dir is None:
         if resume:
@@ -274,18 +364,39 @@ def _start(output_dir: str | Path | None, recipe: Recipe, resume: bool) -> tuple
     path = Path(output_dir) / "checkpoint.pt"
     state = load_checkpoint(path) if resume else None
     if path.exists() and not resume:
-        raise ConfigError(f"{output_dir} holds a run already: resume it, or choose another folder")
+        raise ConfigError(
+            f"{output_dir} holds a run already: resume it, or choose another folder"
+        )
     if resume:
-        if not isinstance(state, dict) or not state.keys() >= {"recipe", "step", "random", "metrics"}:
+        if not isinstance(state, dict) or not state.keys() >= {
+            "recipe",
+            "step",
+            "random",
+            "metrics",
+        }:
             raise CheckpointError(f"{path} is not a checkpoint of a run")
-        then, now = (json.loads(json.dumps(r)) for r in (state["recipe"], asdict(recipe)))
-        if changed := [f"{name} {then.get(name)!r} then, {now[name]!r} now" for name in now if then.get(name) != now[name]]:
-            raise CheckpointError(f"the run in {output_dir} had another recipe: {'; '.join(changed)}")
+        then, now = (
+            json.loads(json.dumps(r)) for r in (state["recipe"], asdict(recipe))
+        )
+        if changed := [
+            f"{name} {then.get(name)!r} then, {now[name]!r} now"
+            for name in now
+            if then.get(name) != now[name]
+        ]:
+            raise CheckpointError(
+                f"the run in {output_dir} had another recipe: {'; '.join(changed)}"
+            )
     return writable_folder(output_dir), state
 
 # %% ../../nbs/training/05_loop.ipynb #d835a5a6
-def train(model: nn.Module, task: Task, recipe: Recipe, output_dir: str | Path | None = None, resume: bool = False,
-          progress: bool = True) -> History:
+def train(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> History:
     """Train `model` in place, on the device of the process (under `torchrun`: of each process); it is left in evaluation mode.
 
     With `output_dir`, metrics.jsonl, TensorBoard logs and checkpoint.pt go there, and `resume=True` continues the run found there to the weights
@@ -293,7 +404,11 @@ def train(model: nn.Module, task: Task, recipe: Recipe, output_dir: str | Path |
     """
     folder, state = _start(output_dir, recipe, resume)
     run = Run(model, task, recipe, folder)
-    with _opened(run, state), interruptible() as interrupted, _bar(run, progress) as bar:
+    with (
+        _opened(run, state),
+        interruptible() as interrupted,
+        _bar(run, progress) as bar,
+    ):
         begun = time.perf_counter() - run.seconds
         while run.step < recipe.max_steps:
             row = run.update()
@@ -301,7 +416,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, output_dir: str | Path |
             if run.due(recipe.evaluate_every):
                 row |= run.evaluate()
             run.record(row)
-            stop = run.total(len(interrupted))[0] > 0                      # in any of the processes
+            stop = run.total(len(interrupted))[0] > 0  # in any of the processes
             if folder and (stop or run.due(recipe.checkpoint_every)):
                 run.save()
             if stop:
@@ -322,4 +437,10 @@ def due(self: Run, every: int | None) -> bool:
 def _bar(run: Run, progress: bool) -> tqdm:
     """A progress bar, for runs of more than two seconds."""
     shown = progress and run.accelerator.is_main_process
-    return tqdm(total=run.recipe.max_steps, initial=run.step, disable=not shown, delay=2, unit="step")
+    return tqdm(
+        total=run.recipe.max_steps,
+        initial=run.step,
+        disable=not shown,
+        delay=2,
+        unit="step",
+    )

@@ -19,7 +19,10 @@ from .schedules import SCHEDULES, Schedule
 def _whole(at_least: int, none: bool = False) -> tuple[str, Callable]:
     """The rule for whole numbers."""
     said = f"a whole number of at least {at_least}" + (", or None" if none else "")
-    return said, lambda v: (none and v is None) or (isinstance(v, int) and v >= at_least)
+    return (
+        said,
+        lambda v: (none and v is None) or (isinstance(v, int) and v >= at_least),
+    )
 
 
 _RULES = {
@@ -27,11 +30,17 @@ _RULES = {
     "average_over": ("tokens or sequences", lambda v: v in ("tokens", "sequences")),
     "precision": ("no, bf16 or fp16", lambda v: v in ("no", "bf16", "fp16")),
     "schedule": (f"one of {', '.join(SCHEDULES)}", lambda v: v in SCHEDULES),
-    "betas": ("two numbers from 0 to below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v)),
+    "betas": (
+        "two numbers from 0 to below 1",
+        lambda v: len(v) == 2 and all(0 <= b < 1 for b in v),
+    ),
     "learning_rate eps": ("a finite number above 0", lambda v: 0 < v < math.inf),
     "weight_decay": ("a finite number of at least 0", lambda v: 0 <= v < math.inf),
     "momentum label_smoothing": ("a number from 0 to below 1", lambda v: 0 <= v < 1),
-    "ema_decay": ("a number from 0 to below 1, or None", lambda v: v is None or 0 <= v < 1),
+    "ema_decay": (
+        "a number from 0 to below 1, or None",
+        lambda v: v is None or 0 <= v < 1,
+    ),
     "clip_norm": ("a number above 0, or None", lambda v: v is None or v > 0),
     "warmup_steps seed": _whole(0),
     "max_steps batch_size accumulate average_every": _whole(1),
@@ -46,14 +55,22 @@ def _check_recipe(recipe) -> None:
             value = getattr(recipe, name)
             try:
                 fits = allowed(value)
-            except TypeError:                                   # a text where a number belongs
+            except TypeError:  # a text where a number belongs
                 fits = False
             if not fits:
                 raise ConfigError(f"recipe: {name} should be {expected}, got {value!r}")
     if recipe.average_last and recipe.ema_decay is not None:
-        raise ConfigError(f"recipe: average_last and ema_decay are two averages, give one; got {recipe.average_last} and {recipe.ema_decay}")
-    if recipe.average_last and (back := (recipe.average_last - 1) * recipe.average_every) >= recipe.max_steps:
-        raise ConfigError(f"recipe: average_last and average_every reach {back} steps back, expected fewer than max_steps={recipe.max_steps}")
+        raise ConfigError(
+            f"recipe: average_last and ema_decay are two averages, give one; got {recipe.average_last} and {recipe.ema_decay}"
+        )
+    if (
+        recipe.average_last
+        and (back := (recipe.average_last - 1) * recipe.average_every)
+        >= recipe.max_steps
+    ):
+        raise ConfigError(
+            f"recipe: average_last and average_every reach {back} steps back, expected fewer than max_steps={recipe.max_steps}"
+        )
     _schedule(recipe)
 
 # %% ../../nbs/training/03_recipes.ipynb #70d6e138
@@ -62,13 +79,21 @@ def _schedule(recipe) -> Schedule:
     make = SCHEDULES[recipe.schedule]
     wanted = inspect.signature(make).parameters
     if recipe.warmup_steps and "warmup_steps" not in wanted:
-        raise ConfigError(f"recipe: schedule {recipe.schedule} has no warm-up, got warmup_steps={recipe.warmup_steps}")
-    shared = {name: getattr(recipe, name) for name in ("warmup_steps", "max_steps") if name in wanted}
+        raise ConfigError(
+            f"recipe: schedule {recipe.schedule} has no warm-up, got warmup_steps={recipe.warmup_steps}"
+        )
+    shared = {
+        name: getattr(recipe, name)
+        for name in ("warmup_steps", "max_steps")
+        if name in wanted
+    }
     own = [name for name in wanted if name not in shared]
     try:
         return make(**shared, **recipe.schedule_options)
     except TypeError:
-        raise ConfigError(f"recipe: schedule {recipe.schedule} takes the options {own}, got {dict(recipe.schedule_options)}") from None
+        raise ConfigError(
+            f"recipe: schedule {recipe.schedule} takes the options {own}, got {dict(recipe.schedule_options)}"
+        ) from None
 
 # %% ../../nbs/training/03_recipes.ipynb #375a5b78
 @dataclass(frozen=True)
@@ -77,26 +102,33 @@ class Recipe:
 
     A step is one update, of `accumulate` batches; `evaluate_every` and `checkpoint_every` count steps (None: at the end only).
     """
-    optimizer: str = "adam"                  # adam, adamw, sgd
+
+    optimizer: str = "adam"  # adam, adamw, sgd
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    momentum: float = 0.0                    # of sgd
-    weight_decay: float = 0.0                # on matrices; vectors (biases, norms) are spared
-    schedule: str = "constant"               # a name of schedules.SCHEDULES
+    momentum: float = 0.0  # of sgd
+    weight_decay: float = 0.0  # on matrices; vectors (biases, norms) are spared
+    schedule: str = "constant"  # a name of schedules.SCHEDULES
     schedule_options: Mapping = field(default_factory=dict)
     warmup_steps: int = 0
     max_steps: int = 1000
-    batch_size: int = 32                     # examples a batch, over all processes
-    max_tokens: int | None = None            # tokens a batch, instead
-    accumulate: int = 1                      # batches a step
-    average_over: str = "tokens"             # tokens, sequences: what the gradient is the mean over
+    batch_size: int = 32  # examples a batch, over all processes
+    max_tokens: int | None = None  # tokens a batch, instead
+    accumulate: int = 1  # batches a step
+    average_over: str = (
+        "tokens"  # tokens, sequences: what the gradient is the mean over
+    )
     clip_norm: float | None = None
     label_smoothing: float = 0.0
-    ema_decay: float | None = None           # of a running average of the weights, which is then evaluated and kept
-    average_last: int | None = None          # instead: the mean of so many weights, the last of the run and
-    average_every: int = 500                 # ... those every so many steps before
-    precision: str = "no"                    # no, bf16, fp16
+    ema_decay: float | None = (
+        None  # of a running average of the weights, which is then evaluated and kept
+    )
+    average_last: int | None = (
+        None  # instead: the mean of so many weights, the last of the run and
+    )
+    average_every: int = 500  # ... those every so many steps before
+    precision: str = "no"  # no, bf16, fp16
     seed: int = 0
     evaluate_every: int | None = None
     checkpoint_every: int | None = 500
@@ -113,17 +145,28 @@ class Recipe:
 def averages(self: Recipe, step: int) -> bool:
     """Whether the weights after a step go into the average that is evaluated and kept."""
     back = self.max_steps - step
-    last = self.average_last is not None and back % self.average_every == 0 and back // self.average_every < self.average_last
+    last = (
+        self.average_last is not None
+        and back % self.average_every == 0
+        and back // self.average_every < self.average_last
+    )
     return self.ema_decay is not None or last
 
 # %% ../../nbs/training/03_recipes.ipynb #3201f00c
 def make_optimizer(parameters, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimiser over these parameters, with weight decay on tensors of two or more dimensions."""
     trained = [p for p in parameters if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {
+            "params": [p for p in trained if p.dim() >= 2],
+            "weight_decay": recipe.weight_decay,
+        },
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
     groups = [g for g in groups if g["params"]]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+        return torch.optim.SGD(
+            groups, lr=recipe.learning_rate, momentum=recipe.momentum
+        )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     return kind(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps)

@@ -33,7 +33,11 @@ def inverse_square_root(d_model: int, warmup_steps: int) -> Schedule:
 # %% ../../nbs/training/02_schedules.ipynb #d7552754
 def cosine(max_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> Schedule:
     """Half a cosine from 1 to `floor` at `max_steps`, after a linear rise over `warmup_steps`; `floor` from there on."""
-    _check(0 <= warmup_steps < max_steps, f"warmup_steps from 0 to max_steps - 1 = {max_steps - 1}", warmup_steps)
+    _check(
+        0 <= warmup_steps < max_steps,
+        f"warmup_steps from 0 to max_steps - 1 = {max_steps - 1}",
+        warmup_steps,
+    )
     _check(0 <= floor <= 1, "floor from 0 to 1", floor)
 
     def factor(step: int) -> float:
@@ -41,15 +45,24 @@ def cosine(max_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> Schedul
             return step / warmup_steps
         share = min(1.0, (step - warmup_steps) / (max_steps - warmup_steps))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
     return factor
 
 # %% ../../nbs/training/02_schedules.ipynb #7e97e8ee
-def step_decay(milestones: Sequence[int], decay: float = 0.1, warmup_steps: int = 0) -> Schedule:
+def step_decay(
+    milestones: Sequence[int], decay: float = 0.1, warmup_steps: int = 0
+) -> Schedule:
     """1, times `decay` for every milestone that has passed, after a linear rise over `warmup_steps`."""
-    _check(len(milestones) > 0 and list(milestones) == sorted(milestones), "milestones in rising order", milestones)
+    _check(
+        len(milestones) > 0 and list(milestones) == sorted(milestones),
+        "milestones in rising order",
+        milestones,
+    )
     _check(0 < decay <= 1, "decay above 0 and at most 1", decay)
     rise = constant(warmup_steps)
-    return lambda step: rise(step) * decay ** sum(step > milestone for milestone in milestones)
+    return lambda step: (
+        rise(step) * decay ** sum(step > milestone for milestone in milestones)
+    )
 
 # %% ../../nbs/training/02_schedules.ipynb #226d426e
 def seq2seq_halving(steps_per_epoch: int, fixed_epochs: int = 5) -> Schedule:
@@ -57,9 +70,15 @@ def seq2seq_halving(steps_per_epoch: int, fixed_epochs: int = 5) -> Schedule:
     _check(steps_per_epoch >= 1, "steps_per_epoch of at least 1", steps_per_epoch)
 
     def factor(step: int) -> float:
-        halves = 2 * (step - 1) / steps_per_epoch - 2 * fixed_epochs       # half epochs done since the fixed ones
+        halves = (
+            2 * (step - 1) / steps_per_epoch - 2 * fixed_epochs
+        )  # half epochs done since the fixed ones
         return 1.0 if halves < 0 else 0.5 ** (math.floor(halves) + 1)
+
     return factor
 
 # %% ../../nbs/training/02_schedules.ipynb #b0deb194
-SCHEDULES = {f.__name__: f for f in (constant, inverse_square_root, cosine, step_decay, seq2seq_halving)}
+SCHEDULES = {
+    f.__name__: f
+    for f in (constant, inverse_square_root, cosine, step_decay, seq2seq_halving)
+}

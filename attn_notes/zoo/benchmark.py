@@ -23,7 +23,7 @@ from ..foundations.checks import InputError
 from .registry import unknown
 
 # %% ../../nbs/zoo/04_benchmark.ipynb #3904b391
-NOISE = 0.08            # a function timed against itself stays within this of 1
+NOISE = 0.08  # a function timed against itself stays within this of 1
 Work = Callable[[], object]
 
 
@@ -49,6 +49,7 @@ def fixed_threads(count: int = 1) -> Iterator[None]:
 @dataclass(frozen=True)
 class Paired:
     "Processor time of ours over theirs: median of the pairwise ratios and its 95% interval; seconds of one call of each (medians)."
+
     ratio: float
     low: float
     high: float
@@ -56,25 +57,48 @@ class Paired:
     reference_seconds: float
 
 
-def paired(ours: Work, reference: Work, rounds: int = 30, least: float = 0.02) -> Paired:
+def paired(
+    ours: Work, reference: Work, rounds: int = 30, least: float = 0.02
+) -> Paired:
     "Time two functions by turns, each turn for at least `least` seconds. Raises InputError for fewer than 6 rounds, too few for an interval."
     if rounds < 6:
         raise InputError(f"rounds: expected at least 6, got {rounds}")
     for work in (ours, reference):
-        cpu_seconds(work, 2)                                                       # warm up
-    calls = [max(1, round(least / max(cpu_seconds(work), 1e-6))) for work in (ours, reference)]
-    pairs = [(cpu_seconds(ours, calls[0]), cpu_seconds(reference, calls[1])) for _ in range(rounds)]
+        cpu_seconds(work, 2)  # warm up
+    calls = [
+        max(1, round(least / max(cpu_seconds(work), 1e-6)))
+        for work in (ours, reference)
+    ]
+    pairs = [
+        (cpu_seconds(ours, calls[0]), cpu_seconds(reference, calls[1]))
+        for _ in range(rounds)
+    ]
     ratios = sorted(a / b for a, b in pairs)
-    k = max(int(rounds / 2 - 0.98 * rounds**0.5), 0)                               # normal form of the binomial quantile
-    return Paired(median(ratios), ratios[k], ratios[-1 - k], *(median(side) for side in zip(*pairs)))
+    k = max(
+        int(rounds / 2 - 0.98 * rounds**0.5), 0
+    )  # normal form of the binomial quantile
+    return Paired(
+        median(ratios),
+        ratios[k],
+        ratios[-1 - k],
+        *(median(side) for side in zip(*pairs)),
+    )
 
 # %% ../../nbs/zoo/04_benchmark.ipynb #22925e1d
-def product_rate(rows: int = 1024, inputs: int = 768, outputs: int = 3072, repeats: int = 5) -> float:
+def product_rate(
+    rows: int = 1024, inputs: int = 768, outputs: int = 3072, repeats: int = 5
+) -> float:
     "Floating-point operations a second (a multiplication and an addition count two) in a linear layer, the best of some repeats."
     layer, x = nn.Linear(inputs, outputs), torch.randn(rows, inputs)
     with torch.no_grad():
         layer(x)
-        return 2 * rows * inputs * outputs / min(cpu_seconds(lambda: layer(x)) for _ in range(repeats))
+        return (
+            2
+            * rows
+            * inputs
+            * outputs
+            / min(cpu_seconds(lambda: layer(x)) for _ in range(repeats))
+        )
 
 
 @contextmanager
@@ -92,9 +116,19 @@ def _quiet() -> Iterator[None]:
 def peak_memory(work: Work) -> int:
     "Bytes that torch holds at most while the work runs on the CPU, beyond what it held before."
     work()
-    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+    with (
+        _quiet(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU],
+            profile_memory=True,
+            acc_events=True,
+        ) as profile,
+    ):
         work()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    )
     level = peak = 0
     for event in events:
         level += event.nbytes()
@@ -102,16 +136,22 @@ def peak_memory(work: Work) -> int:
     return peak
 
 # %% ../../nbs/zoo/04_benchmark.ipynb #6bfdffee
-BENCHMARK_MODULES = ["attn_notes.zoo.benchmark", "attn_notes.sequence.cells", "attn_notes.sequence.transformer_speed"]      # where pairs are registered
+BENCHMARK_MODULES = [
+    "attn_notes.zoo.benchmark",
+    "attn_notes.sequence.cells",
+    "attn_notes.sequence.transformer_speed",
+]  # where pairs are registered
 Pair = Callable[[], tuple[Work, Work, int]]
 _PAIRS: dict[str, Pair] = {}
 
 
 def benchmark_pair(title: str) -> Callable[[Pair], Pair]:
     "Decorator: the function gives (ours, reference, floating-point operations of one call) under this title."
+
     def register(pair: Pair) -> Pair:
         _PAIRS[title] = pair
         return pair
+
     return register
 
 
@@ -122,29 +162,44 @@ def list_pairs(words: list[str] | None = None) -> list[str]:
     for word in words or []:
         if not any(word.lower() in title.lower() for title in _PAIRS):
             raise unknown("benchmark", word, list(_PAIRS))
-    return [title for title in _PAIRS if not words or any(word.lower() in title.lower() for word in words)]
+    return [
+        title
+        for title in _PAIRS
+        if not words or any(word.lower() in title.lower() for word in words)
+    ]
 
 # %% ../../nbs/zoo/04_benchmark.ipynb #c038e3cb
-def training_step(model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Work:
+def training_step(
+    model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> Work:
     "A function that runs a model forward and backward on a batch."
     return lambda: model(x).sum().backward()
 
 
 @benchmark_pair("MultiHeadAttention vs torch.nn.MultiheadAttention")
-def attention_pair(b: int = 8, n: int = 128, d: int = 256, heads: int = 8) -> tuple[Work, Work, int]:
+def attention_pair(
+    b: int = 8, n: int = 128, d: int = 256, heads: int = 8
+) -> tuple[Work, Work, int]:
     "Self-attention on the same weights, forward and backward."
     torch.manual_seed(0)
     reference = nn.MultiheadAttention(d, heads, batch_first=True)
     ours = MultiHeadAttention(d, heads)
     ours.load_state_dict(reference.state_dict())
-    x = torch.randn(b, n, d, requires_grad=True)                                   # as inside a model: the gradient goes on
+    x = torch.randn(
+        b, n, d, requires_grad=True
+    )  # as inside a model: the gradient goes on
     flops = 3 * 2 * b * (4 * n * d * d + 2 * n * n * d)
-    return training_step(ours, x), training_step(lambda x: reference(x, x, x, need_weights=False)[0], x), flops
+    return (
+        training_step(ours, x),
+        training_step(lambda x: reference(x, x, x, need_weights=False)[0], x),
+        flops,
+    )
 
 # %% ../../nbs/zoo/04_benchmark.ipynb #fe310012
 @dataclass(frozen=True)
 class Benchmark:
     "A pair as measured: times, peak memory in bytes, and the share of the matrix-product rate that ours and the reference reach."
+
     title: str
     time: Paired
     memory: int
@@ -155,12 +210,16 @@ class Benchmark:
     @property
     def passed(self) -> bool:
         "Not slower than the reference beyond the noise, and no more memory beyond one part in a hundred."
-        return self.time.ratio <= 1 + NOISE and self.memory <= 1.01 * self.reference_memory
+        return (
+            self.time.ratio <= 1 + NOISE and self.memory <= 1.01 * self.reference_memory
+        )
 
     def __str__(self) -> str:
-        return (f"{self.title}: time x{self.time.ratio:.2f} [{self.time.low:.2f}, {self.time.high:.2f}], "
-                f"memory {self.memory / 2**20:.1f} / {self.reference_memory / 2**20:.1f} MiB, "
-                f"{self.share:.0%} / {self.reference_share:.0%} of the matrix-product rate: {'ok' if self.passed else 'SLOWER OR LARGER'}")
+        return (
+            f"{self.title}: time x{self.time.ratio:.2f} [{self.time.low:.2f}, {self.time.high:.2f}], "
+            f"memory {self.memory / 2**20:.1f} / {self.reference_memory / 2**20:.1f} MiB, "
+            f"{self.share:.0%} / {self.reference_share:.0%} of the matrix-product rate: {'ok' if self.passed else 'SLOWER OR LARGER'}"
+        )
 
 
 def run_pair(title: str, rounds: int = 30, threads: int = 1) -> Benchmark:
@@ -168,4 +227,11 @@ def run_pair(title: str, rounds: int = 30, threads: int = 1) -> Benchmark:
     with fixed_threads(threads):
         ours, reference, flops = _PAIRS[title]()
         time, rate = paired(ours, reference, rounds), product_rate()
-        return Benchmark(title, time, peak_memory(ours), peak_memory(reference), flops / time.seconds / rate, flops / time.reference_seconds / rate)
+        return Benchmark(
+            title,
+            time,
+            peak_memory(ours),
+            peak_memory(reference),
+            flops / time.seconds / rate,
+            flops / time.reference_seconds / rate,
+        )

@@ -20,19 +20,36 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from ..foundations.checks import CheckpointError, CheckpointWarning, ConfigError
+from attn_notes.foundations.checks import (
+    CheckpointError,
+    CheckpointWarning,
+    ConfigError,
+)
 from .files import READERS, atomic_folder, read_state_dict
-from .registry import ModelInfo, build_model, create_model, list_models, model_info, override, weights_folder
+from attn_notes.zoo.registry import (
+    ModelInfo,
+    build_model,
+    create_model,
+    list_models,
+    model_info,
+    override,
+    weights_folder,
+)
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #d7d2b6db
 @dataclass(frozen=True)
 class Layout:
     "How another library names the weights of a model: recognised from the keys, renamed by regular expressions, applied in order to every key."
+
     name: str
     recognise: Callable[[set[str]], bool]
     rename: tuple[tuple[str, str], ...] = ()
-    auxiliary: tuple[str, ...] = ()         # shell patterns of (renamed) keys of heads and other parts that a model may do without
-    absent: tuple[str, ...] = ()            # shell patterns of our keys that this layout never holds
+    auxiliary: tuple[
+        str, ...
+    ] = ()  # shell patterns of (renamed) keys of heads and other parts that a model may do without
+    absent: tuple[
+        str, ...
+    ] = ()  # shell patterns of our keys that this layout never holds
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "The tensors under this book's names."
@@ -60,7 +77,9 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _listed(keys: list[str], most: int = 20) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+    return ", ".join(keys[:most]) + (
+        f" and {len(keys) - most} more" if len(keys) > most else ""
+    )
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #a234e755
 def _complete_shared(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -69,25 +88,50 @@ def _complete_shared(model: nn.Module, state: dict[str, Tensor], source: str) ->
         held = [name for name in names if name in state]
         for name in held[1:]:
             if not torch.equal(state[held[0]], state[name]):
-                raise CheckpointError(f"{source}: {held[0]} and {name} are one tensor in this model and two in the file")
+                raise CheckpointError(
+                    f"{source}: {held[0]} and {name} are one tensor in this model and two in the file"
+                )
         state.update({name: state[held[0]] for name in names if held})
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #d5e61d33
-def _differences(model: nn.Module, state: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _differences(
+    model: nn.Module, state: Mapping[str, Tensor], layout: Layout
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     "The keys that differ though nothing is wrong, by what happens to them, and those that are wrong, by how."
     own, heads = model.state_dict(), tuple(getattr(model, "heads", ()))
     reshaped = [k for k, v in own.items() if k in state and state[k].shape != v.shape]
-    resized = [k for k in reshaped if _matches(k, heads) and state[k].shape[1:] == own[k].shape[1:]]
-    skipped = [k for k in state if k not in own and _matches(k, (*layout.auxiliary, *heads))]
+    resized = [
+        k
+        for k in reshaped
+        if _matches(k, heads) and state[k].shape[1:] == own[k].shape[1:]
+    ]
+    skipped = [
+        k for k in state if k not in own and _matches(k, (*layout.auxiliary, *heads))
+    ]
     absent = [k for k in own if k not in state and _matches(k, layout.absent)]
-    said = {"re-initialised, of another size": resized, "skipped, not in this model": skipped, "not in this layout, left as they were": absent}
-    wrong = {"missing": [k for k in own if k not in state and k not in absent],
-             "unexpected": [k for k in state if k not in own and k not in skipped],
-             "misshapen": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in reshaped if k not in resized]}
+    said = {
+        "re-initialised, of another size": resized,
+        "skipped, not in this model": skipped,
+        "not in this layout, left as they were": absent,
+    }
+    wrong = {
+        "missing": [k for k in own if k not in state and k not in absent],
+        "unexpected": [k for k in state if k not in own and k not in skipped],
+        "misshapen": [
+            f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+            for k in reshaped
+            if k not in resized
+        ],
+    }
     return said, wrong
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #4edcf871
-def fit_state(model: nn.Module, state: Mapping[str, Tensor], layouts: tuple[Layout, ...] = (), source: str = "checkpoint") -> None:
+def fit_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    layouts: tuple[Layout, ...] = (),
+    source: str = "checkpoint",
+) -> None:
     """Copy named tensors into a model, whichever of the `layouts` they come in (the book's own always counts).
 
     A head of another number of classes keeps its fresh values, and so do keys that the layout never holds; heads that the model has not are skipped:
@@ -98,13 +142,30 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], layouts: tuple[Layo
     _complete_shared(model, state, source)
     said, wrong = _differences(model, state, layout)
     if any(wrong.values()):
-        raise CheckpointError(f"{source} ({layout.name} layout) does not fit {type(model).__name__}: "
-                              + "; ".join(f"{len(keys)} {kind}: {_listed(keys)}" for kind, keys in wrong.items() if keys))
+        raise CheckpointError(
+            f"{source} ({layout.name} layout) does not fit {type(model).__name__}: "
+            + "; ".join(
+                f"{len(keys)} {kind}: {_listed(keys)}"
+                for kind, keys in wrong.items()
+                if keys
+            )
+        )
     if any(said.values()):
-        warnings.warn(f"{source}: " + "; ".join(f"{what}: {_listed(keys)}" for what, keys in said.items() if keys), CheckpointWarning, stacklevel=2)
+        warnings.warn(
+            f"{source}: "
+            + "; ".join(
+                f"{what}: {_listed(keys)}" for what, keys in said.items() if keys
+            ),
+            CheckpointWarning,
+            stacklevel=2,
+        )
     own, left = model.state_dict(), {key for keys in said.values() for key in keys}
-    if not any(value.is_meta for value in own.values()):        # a model without memory is only compared
-        model.load_state_dict({key: state[key] for key in own if key not in left}, strict=not left)
+    if not any(
+        value.is_meta for value in own.values()
+    ):  # a model without memory is only compared
+        model.load_state_dict(
+            {key: state[key] for key in own if key not in left}, strict=not left
+        )
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #379cbc20
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -120,8 +181,12 @@ def _from_hub(repo: str) -> Path:
             if (folder / weights).is_file():
                 break
         return folder
-    except Exception as error:                                  # offline, no such model, no right to it, a broken connection
-        raise CheckpointError(f"{repo!r} is no file or folder here, and no model that the hub gave: {type(error).__name__}") from None
+    except (
+        Exception
+    ) as error:  # offline, no such model, no right to it, a broken connection
+        raise CheckpointError(
+            f"{repo!r} is no file or folder here, and no model that the hub gave: {type(error).__name__}"
+        ) from None
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #28d100e0
 def find_checkpoint(pretrained: str | Path) -> tuple[Path | None, Path]:
@@ -130,12 +195,21 @@ def find_checkpoint(pretrained: str | Path) -> tuple[Path | None, Path]:
     if path.is_file():
         return None, path
     if not path.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(pretrained)) or path.parent.is_dir() or path.suffix in READERS:
+        if (
+            not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(pretrained))
+            or path.parent.is_dir()
+            or path.suffix in READERS
+        ):
             raise CheckpointError(f"no checkpoint file or folder at {pretrained}")
         path = _from_hub(str(pretrained))
     for name in ("config.json", WEIGHT_FILES):
-        if not any((path / one).is_file() for one in ([name] if isinstance(name, str) else name)):
-            raise CheckpointError(f"{path} holds no {name if isinstance(name, str) else ' or '.join(name)}")
+        if not any(
+            (path / one).is_file()
+            for one in ([name] if isinstance(name, str) else name)
+        ):
+            raise CheckpointError(
+                f"{path} holds no {name if isinstance(name, str) else ' or '.join(name)}"
+            )
     return path, next(path / name for name in WEIGHT_FILES if (path / name).is_file())
 
 
@@ -144,19 +218,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is cut short or no JSON: {error}") from None
+        raise CheckpointError(
+            f"{folder / 'config.json'} is cut short or no JSON: {error}"
+        ) from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object, got {type(config).__name__}")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: expected a JSON object, got {type(config).__name__}"
+        )
     return config
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #f03175b5
 def stored_config(info: ModelInfo, folder: Path) -> Any:
     "The configuration that a folder holds for a registered model. Raises CheckpointError for another model's folder, or a value that is refused."
     stored = read_config(folder)
-    if stored.get("architecture", info.name) != info.name and stored["architecture"] in list_models():
-        raise CheckpointError(f"{folder} holds a {stored['architecture']}, not a {info.name}")
+    if (
+        stored.get("architecture", info.name) != info.name
+        and stored["architecture"] in list_models()
+    ):
+        raise CheckpointError(
+            f"{folder} holds a {stored['architecture']}, not a {info.name}"
+        )
     known = {f.name for f in fields(info.config)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key in known}
+    values = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in stored.items()
+        if key in known
+    }
     try:
         return override(info.config, values)
     except (ValueError, TypeError) as error:
@@ -167,20 +254,34 @@ def shipped_weights(name: str) -> Path:
     "The folder of the book's own small weights for a model. Raises CheckpointError, with the models that have some, when it has none."
     if not weights_folder(name).is_dir():
         shipped = [other for other in list_models() if weights_folder(other).is_dir()]
-        raise CheckpointError(f"the book ships no weights for {name}; it does for {_listed(shipped) or 'no model yet'}")
+        raise CheckpointError(
+            f"the book ships no weights for {name}; it does for {_listed(shipped) or 'no model yet'}"
+        )
     return weights_folder(name)
 
 
-def load_pretrained(info: ModelInfo, pretrained: bool | str | Path, overrides: Mapping[str, Any],
-                    device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def load_pretrained(
+    info: ModelInfo,
+    pretrained: bool | str | Path,
+    overrides: Mapping[str, Any],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     "What `create_model(name, pretrained=...)` does: configuration, fresh model, weights, evaluation mode."
     if pretrained is True:
         pretrained = shipped_weights(info.name)
     if not isinstance(pretrained, (str, Path)):
-        raise ConfigError(f"pretrained: expected True, a path or a hub id, got {pretrained!r}")
+        raise ConfigError(
+            f"pretrained: expected True, a path or a hub id, got {pretrained!r}"
+        )
     folder, weights = find_checkpoint(pretrained)
     state = read_state_dict(weights)
-    model = build_model(info, override(stored_config(info, folder) if folder else info.config, overrides), device, dtype)
+    model = build_model(
+        info,
+        override(stored_config(info, folder) if folder else info.config, overrides),
+        device,
+        dtype,
+    )
     fit_state(model, state, info.layouts, source=str(pretrained))
     return model.eval()
 
@@ -202,31 +303,51 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     state = model.state_dict()
     if any(value.is_meta for value in state.values()):
         raise CheckpointError("a model on the meta device has no weights to save")
-    save_file({names[0]: state[names[0]].contiguous() for names in shared_names(model)}, path, metadata={"format": "pt"})
+    save_file(
+        {names[0]: state[names[0]].contiguous() for names in shared_names(model)},
+        path,
+        metadata={"format": "pt"},
+    )
 
 # %% ../../nbs/zoo/02_checkpoints.ipynb #932bc356
-class PretrainedMixin(ModelHubMixin, library_name="attn_notes", model_card_template=CARD):
+class PretrainedMixin(
+    ModelHubMixin, library_name="attn_notes", model_card_template=CARD
+):
     """Gives a registered model class save_pretrained, from_pretrained and push_to_hub. The class keeps its configuration as `config`, and lists
     the keys that depend on the number of classes in `heads`, as shell patterns."""
+
     heads: tuple[str, ...] = ()
-    architecture: str | None = None         # the registered name it was created from
+    architecture: str | None = None  # the registered name it was created from
 
     def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
         "Write config.json, model.safetensors and a model card into a folder, atomically; `hub` goes to huggingface_hub's mixin."
-        defaults = {"repo_id": Path(save_directory).name, "model_card_kwargs": {"name": self.architecture or type(self).__name__}}
+        defaults = {
+            "repo_id": Path(save_directory).name,
+            "model_card_kwargs": {"name": self.architecture or type(self).__name__},
+        }
         with atomic_folder(save_directory) as part:
-            return super().save_pretrained(part, **defaults | {key: value for key, value in hub.items() if value is not None})
+            return super().save_pretrained(
+                part,
+                **defaults
+                | {key: value for key, value in hub.items() if value is not None},
+            )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_weights(self, save_directory / "model.safetensors")
         config = {"architecture": self.architecture, **asdict(self.config)}
-        (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (save_directory / "config.json").write_text(
+            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PretrainedMixin":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> "PretrainedMixin":
         "The model of a folder or hub id that `save_pretrained` wrote, in evaluation mode; `options` are those of `create_model`."
         folder, _ = find_checkpoint(pretrained_model_name_or_path)
         name = read_config(folder).get("architecture") if folder else None
         if name not in list_models() or not issubclass(model_info(name).model, cls):
-            raise CheckpointError(f"{pretrained_model_name_or_path}: expected a folder saved from a {cls.__name__}, it says {name!r}")
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: expected a folder saved from a {cls.__name__}, it says {name!r}"
+            )
         return create_model(name, folder, **options)

@@ -18,10 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ..foundations.checks import InputError
-from .registry import check_placement, count_parameters, create_model, example_inputs, model_info
+from attn_notes.zoo.registry import (
+    check_placement,
+    count_parameters,
+    create_model,
+    example_inputs,
+    model_info,
+)
 
 # %% ../../nbs/zoo/03_devices.ipynb #7faec6bb
-STAND_IN = "lazy:0"         # a device that every torch knows and nothing runs on: no driver is asked for
+STAND_IN = "lazy:0"  # a device that every torch knows and nothing runs on: no driver is asked for
 
 # %% ../../nbs/zoo/03_devices.ipynb #1db1c5c5
 def to_stand_in(model: nn.Module, device: str = STAND_IN) -> nn.Module:
@@ -32,10 +38,16 @@ def to_stand_in(model: nn.Module, device: str = STAND_IN) -> nn.Module:
             for name, old in store.items():
                 if old is not None and id(old) not in moved:
                     empty = torch.empty(old.shape, dtype=old.dtype, device=device)
-                    moved[id(old)] = nn.Parameter(empty, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else empty
+                    moved[id(old)] = (
+                        nn.Parameter(empty, requires_grad=old.requires_grad)
+                        if isinstance(old, nn.Parameter)
+                        else empty
+                    )
                 store[name] = None if old is None else moved[id(old)]
         if isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+            module._flat_weights = [
+                getattr(module, name) for name in module._flat_weights_names
+            ]
     return model
 
 
@@ -52,21 +64,28 @@ def example_loss(task: str, outputs: Any, inputs: tuple[Tensor, ...]) -> Tensor:
         from attn_notes.training.losses import token_cross_entropy
 
         target = inputs[1 if task == "translation" else 0]
-        loss, count = token_cross_entropy(outputs if isinstance(outputs, Tensor) else outputs["logits"], target, 0)
+        loss, count = token_cross_entropy(
+            outputs if isinstance(outputs, Tensor) else outputs["logits"], target, 0
+        )
         return loss / count
-    floating = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    floating = [
+        leaf
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
     return sum(leaf.float().square().mean() for leaf in floating)
 
 # %% ../../nbs/zoo/03_devices.ipynb #b214f1bc
 @dataclass(frozen=True)
 class Checked:
     "What `check_model` found: where it ran, the size, seconds, the largest difference from the CPU (None on fake tensors and on the CPU itself)."
+
     name: str
     device: str
     parameters: int
     seconds: float
     difference: float | None = None
-    without_gradient: tuple[str, ...] = ()      # parameters that the loss does not reach
+    without_gradient: tuple[str, ...] = ()  # parameters that the loss does not reach
 
 
 def _step(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, ...]:
@@ -75,44 +94,95 @@ def _step(name: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str,
     loss.backward()
     for key, parameter in model.named_parameters():
         if parameter.grad is not None and parameter.grad.device != loss.device:
-            raise InputError(f"{name}: the gradient of {key} is on {parameter.grad.device}, the loss on {loss.device}")
-    return tuple(key for key, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None)
+            raise InputError(
+                f"{name}: the gradient of {key} is on {parameter.grad.device}, the loss on {loss.device}"
+            )
+    return tuple(
+        key
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    )
 
 # %% ../../nbs/zoo/03_devices.ipynb #ddd6f75a
-def _check_fake(name: str, batch_size: int, overrides: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+def _check_fake(
+    name: str, batch_size: int, overrides: dict[str, Any]
+) -> tuple[int, tuple[str, ...]]:
     "The published size on the stand-in device: parameters, and names of those without gradient."
     model = create_model(name, device="meta", **overrides)
     inputs = example_inputs(name, batch_size, **overrides)
     with fake_device():
-        fakes = tuple(torch.empty(x.shape, dtype=x.dtype, device=STAND_IN) if isinstance(x, Tensor) else x for x in inputs)
+        fakes = tuple(
+            torch.empty(x.shape, dtype=x.dtype, device=STAND_IN)
+            if isinstance(x, Tensor)
+            else x
+            for x in inputs
+        )
         return count_parameters(model), _step(name, to_stand_in(model), fakes)
 
 
-def _check_real(name: str, device: str, batch_size: int, overrides: dict[str, Any]) -> tuple[int, tuple[str, ...], float | None]:
+def _check_real(
+    name: str, device: str, batch_size: int, overrides: dict[str, Any]
+) -> tuple[int, tuple[str, ...], float | None]:
     "A small size on a real device: parameters, those without gradient, and the largest difference from the CPU in evaluation mode."
     torch.manual_seed(0)
-    model, inputs = create_model(name, **overrides), example_inputs(name, batch_size, **overrides)
+    model, inputs = (
+        create_model(name, **overrides),
+        example_inputs(name, batch_size, **overrides),
+    )
     with torch.no_grad():
-        expected = [leaf for leaf in tree_leaves(model.eval()(*inputs)) if isinstance(leaf, Tensor)]
-        model, inputs = model.to(device), tuple(x.to(device) if isinstance(x, Tensor) else x for x in inputs)
-        found = [leaf.cpu() for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]
+        expected = [
+            leaf
+            for leaf in tree_leaves(model.eval()(*inputs))
+            if isinstance(leaf, Tensor)
+        ]
+        model, inputs = (
+            model.to(device),
+            tuple(x.to(device) if isinstance(x, Tensor) else x for x in inputs),
+        )
+        found = [
+            leaf.cpu()
+            for leaf in tree_leaves(model(*inputs))
+            if isinstance(leaf, Tensor)
+        ]
     difference = max((a - b).abs().max().item() for a, b in zip(expected, found))
-    return count_parameters(model), _step(name, model.train(), inputs), None if torch.device(device).type == "cpu" else difference
+    return (
+        count_parameters(model),
+        _step(name, model.train(), inputs),
+        None if torch.device(device).type == "cpu" else difference,
+    )
 
 # %% ../../nbs/zoo/03_devices.ipynb #d3378376
-def check_model(name: str, device: str | None = None, batch_size: int = 2, **overrides: Any) -> Checked:
+def check_model(
+    name: str, device: str | None = None, batch_size: int = 2, **overrides: Any
+) -> Checked:
     """Run a registered model forward, through a loss and backward, on "cpu", "cuda" or another device, or on fake tensors ("fake").
 
     Without a device: the accelerator where there is one, otherwise "fake". On "fake" the size is the published one, elsewhere the small one of the tests, unless overridden.
     Raises ConfigError for an unknown name or device, RuntimeError when the model does not run there or differs from the CPU."""
     if device is None:
-        device = str(torch.accelerator.current_accelerator() or "fake") if torch.accelerator.is_available() else "fake"
+        device = (
+            str(torch.accelerator.current_accelerator() or "fake")
+            if torch.accelerator.is_available()
+            else "fake"
+        )
     info, start = model_info(name), time.perf_counter()
     if device == "fake":
         parameters, without = _check_fake(name, batch_size, overrides)
-        return Checked(name, device, parameters, time.perf_counter() - start, without_gradient=without)
+        return Checked(
+            name,
+            device,
+            parameters,
+            time.perf_counter() - start,
+            without_gradient=without,
+        )
     check_placement(device, None)
-    parameters, without, difference = _check_real(name, device, batch_size, {**info.tiny, **overrides})
+    parameters, without, difference = _check_real(
+        name, device, batch_size, {**info.tiny, **overrides}
+    )
     if difference is not None and not difference < 1e-3:
-        raise RuntimeError(f"{name} on {device} differs from the CPU by {difference:.1e}")
-    return Checked(name, device, parameters, time.perf_counter() - start, difference, without)
+        raise RuntimeError(
+            f"{name} on {device} differs from the CPU by {difference:.1e}"
+        )
+    return Checked(
+        name, device, parameters, time.perf_counter() - start, difference, without
+    )

@@ -46,7 +46,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     part = Path(mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
     try:
         yield part
-        part.chmod(0o777 & ~_umask())                           # mkdtemp, and safetensors, keep others out
+        part.chmod(0o777 & ~_umask())  # mkdtemp, and safetensors, keep others out
         for path in part.iterdir():
             path.chmod(0o666 & ~_umask())
             _to_disk(path)
@@ -60,7 +60,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/zoo/05_files.ipynb #bfdf7ef1
-WRAPPERS = ("state_dict", "model", "model_state_dict")      # under which training scripts store the weights beside other things
+WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+)  # under which training scripts store the weights beside other things
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -80,7 +84,13 @@ def _read_npz(path: Path) -> Any:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
-READERS = {".safetensors": _read_safetensors, ".bin": _read_pickle, ".pt": _read_pickle, ".pth": _read_pickle, ".npz": _read_npz}
+READERS = {
+    ".safetensors": _read_safetensors,
+    ".bin": _read_pickle,
+    ".pt": _read_pickle,
+    ".pth": _read_pickle,
+    ".npz": _read_npz,
+}
 
 # %% ../../nbs/zoo/05_files.ipynb #419e0a1c
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -94,13 +104,25 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected a file ending in {', '.join(READERS)}")
     try:
         state = READERS[path.suffix](path)
-    except Exception as error:                                  # each reader has its own; all mean the same to the caller
+    except (
+        Exception
+    ) as error:  # each reader has its own; all mean the same to the caller
         if "weights_only" in str(error) or "allow_pickle" in str(error):
-            raise CheckpointError(f"{path} holds pickled Python objects, which could run code; save its state_dict() alone") from None
-        raise CheckpointError(f"{path} is cut short or not a {path.suffix} file ({type(error).__name__})") from None
+            raise CheckpointError(
+                f"{path} holds pickled Python objects, which could run code; save its state_dict() alone"
+            ) from None
+        raise CheckpointError(
+            f"{path} is cut short or not a {path.suffix} file ({type(error).__name__})"
+        ) from None
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: expected named tensors, found {type(state).__name__} with other things in it, or nothing")
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise CheckpointError(
+            f"{path}: expected named tensors, found {type(state).__name__} with other things in it, or nothing"
+        )
     return dict(state)

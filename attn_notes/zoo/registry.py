@@ -23,33 +23,58 @@ from torch import Tensor, nn
 from ..foundations.checks import ConfigError
 
 # %% ../../nbs/zoo/01_registry.ipynb #74c8b97e
-MODEL_MODULES = ["attn_notes.sequence.seq2seq", "attn_notes.sequence.convs2s", "attn_notes.sequence.transformer"]      # the chapters that register models, in reading order
+MODEL_MODULES = [
+    "attn_notes.sequence.seq2seq",
+    "attn_notes.sequence.convs2s",
+    "attn_notes.sequence.transformer",
+]  # the chapters that register models, in reading order
 
 # %% ../../nbs/zoo/01_registry.ipynb #1c386985
 @dataclass(frozen=True)
 class ModelInfo:
     "What the registry knows of one model name; its `repr` is the page that `attn-notes info` prints."
+
     name: str
-    model: type[nn.Module]                                  # the class: model(config) builds it
-    config: Any                                             # a frozen dataclass: the published size
+    model: type[nn.Module]  # the class: model(config) builds it
+    config: Any  # a frozen dataclass: the published size
     paper: str
-    chapter: str                                            # the notebook under nbs/, without its ending
+    chapter: str  # the notebook under nbs/, without its ending
     task: str
-    parameters: int                                         # exact, at `config`
-    figures: Mapping[str, Any] = field(default_factory=dict)     # the paper's own numbers
-    layouts: tuple[Any, ...] = ()                           # checkpoints of others that it reads, as zoo.checkpoints.Layout
-    recipes: Mapping[str, Any] = field(default_factory=dict)     # "tiny", "paper": training.recipes.Recipe
-    tiny: Mapping[str, Any] = field(default_factory=dict)        # overrides that make it small: what tests run and the tiny recipe trains
+    parameters: int  # exact, at `config`
+    figures: Mapping[str, Any] = field(default_factory=dict)  # the paper's own numbers
+    layouts: tuple[
+        Any, ...
+    ] = ()  # checkpoints of others that it reads, as zoo.checkpoints.Layout
+    recipes: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # "tiny", "paper": training.recipes.Recipe
+    tiny: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # overrides that make it small: what tests run and the tiny recipe trains
 
     def __repr__(self) -> str:
-        rows = {"paper": self.paper, "chapter": self.chapter, "task": self.task, "parameters": f"{self.parameters:,}",
-                **{f"  {key} (paper)": value for key, value in self.figures.items()},
-                "reads": ", ".join(["attn_notes", *(layout.name for layout in self.layouts)]),
-                "recipes": ", ".join(self.recipes) or "none",
-                "weights": "shipped" if weights_folder(self.name).is_dir() else "none shipped",
-                **{f"  .{f.name}": getattr(self.config, f.name) for f in fields(self.config)}}
+        rows = {
+            "paper": self.paper,
+            "chapter": self.chapter,
+            "task": self.task,
+            "parameters": f"{self.parameters:,}",
+            **{f"  {key} (paper)": value for key, value in self.figures.items()},
+            "reads": ", ".join(
+                ["attn_notes", *(layout.name for layout in self.layouts)]
+            ),
+            "recipes": ", ".join(self.recipes) or "none",
+            "weights": "shipped"
+            if weights_folder(self.name).is_dir()
+            else "none shipped",
+            **{
+                f"  .{f.name}": getattr(self.config, f.name)
+                for f in fields(self.config)
+            },
+        }
         width = max(map(len, rows))
-        return "\n".join([self.name, *(f"  {key:<{width}}  {value}" for key, value in rows.items())])
+        return "\n".join(
+            [self.name, *(f"  {key:<{width}}  {value}" for key, value in rows.items())]
+        )
 
 # %% ../../nbs/zoo/01_registry.ipynb #8074944b
 def weights_folder(name: str) -> Path:
@@ -60,18 +85,32 @@ def weights_folder(name: str) -> Path:
 _MODELS: dict[str, ModelInfo] = {}
 
 
-def register_model(name: str, config: Any, **known: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def register_model(
+    name: str, config: Any, **known: Any
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Class decorator: register `Model(config)` under `name`; `known` are the other fields of `ModelInfo` (paper, chapter, task, parameters, ...).
 
     The class keeps the type of its configuration as `config_class`. Raises ConfigError for a name that another class has."""
+
     def register(model: type[nn.Module]) -> type[nn.Module]:
         before = _MODELS.get(name)
-        if before and "__main__" not in (before.model.__module__, model.__module__) and before.model.__module__ != model.__module__:
-            raise ConfigError(f"the model name {name!r} is taken by {before.model.__module__}.{before.model.__qualname__}")
+        if (
+            before
+            and "__main__" not in (before.model.__module__, model.__module__)
+            and before.model.__module__ != model.__module__
+        ):
+            raise ConfigError(
+                f"the model name {name!r} is taken by {before.model.__module__}.{before.model.__qualname__}"
+            )
         model.config_class = type(config)
-        if not before or before.model.__module__ != "__main__" or model.__module__ == "__main__":
+        if (
+            not before
+            or before.model.__module__ != "__main__"
+            or model.__module__ == "__main__"
+        ):
             _MODELS[name] = ModelInfo(name=name, model=model, config=config, **known)
         return model
+
     return register
 
 # %% ../../nbs/zoo/01_registry.ipynb #1fcb3670
@@ -82,7 +121,7 @@ def _load_chapters() -> None:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    "The registered names that match a shell pattern, sorted: `list_models(\"seq2seq*\")`."
+    'The registered names that match a shell pattern, sorted: `list_models("seq2seq*")`.'
     _load_chapters()
     return sorted(name for name in _MODELS if fnmatchcase(name, pattern))
 
@@ -91,7 +130,11 @@ def unknown(what: str, given: str, allowed: Iterator[str] | list[str]) -> Config
     "The error for a name that is not among the allowed ones, with the nearest of them."
     allowed = sorted(allowed)
     close = get_close_matches(given, allowed, n=2, cutoff=0.6)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(allowed) or 'none'}"
+    hint = (
+        f"did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else f"there are: {', '.join(allowed) or 'none'}"
+    )
     return ConfigError(f"unknown {what} {given!r}; {hint}")
 
 
@@ -113,17 +156,36 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     return replace(config, **overrides)
 
 # %% ../../nbs/zoo/01_registry.ipynb #09e1c699
-def check_placement(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+def check_placement(
+    device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
     "Raises ConfigError when no tensor can be made on `device`, or `dtype` is not a floating type."
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype: expected a floating torch.dtype such as torch.bfloat16, got {dtype!r}")
+    if dtype is not None and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    ):
+        raise ConfigError(
+            f"dtype: expected a floating torch.dtype such as torch.bfloat16, got {dtype!r}"
+        )
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
-        raise ConfigError(f"device {str(device)!r} is not to be had here: {str(error).splitlines()[0]}") from None
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+        TypeError,
+        ImportError,
+    ) as error:
+        raise ConfigError(
+            f"device {str(device)!r} is not to be had here: {str(error).splitlines()[0]}"
+        ) from None
 
 
-def build_model(info: ModelInfo, config: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def build_model(
+    info: ModelInfo,
+    config: Any,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     "The model of a configuration with fresh weights, made where it will live; it remembers its registered name as `architecture`."
     with torch.device(device) if device is not None else nullcontext():
         model = info.model(config)
@@ -131,8 +193,13 @@ def build_model(info: ModelInfo, config: Any, device: torch.device | str | None 
     return model if dtype is None else model.to(dtype)
 
 # %% ../../nbs/zoo/01_registry.ipynb #c7d821a8
-def create_model(name: str, pretrained: bool | str | Path | None = None, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None, **overrides: Any) -> nn.Module:
+def create_model(
+    name: str,
+    pretrained: bool | str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> nn.Module:
     """A registered model: with fresh weights in training mode, or with `pretrained` weights in evaluation mode.
 
     `pretrained` is True (the book's own small weights), a folder with config.json and weights (its configuration wins over the name's, overrides
@@ -152,10 +219,17 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 # %% ../../nbs/zoo/01_registry.ipynb #f7dff326
-def example_inputs(name: str, batch_size: int = 2, device: torch.device | str | None = None, **overrides: Any) -> tuple[Tensor, ...]:
+def example_inputs(
+    name: str,
+    batch_size: int = 2,
+    device: torch.device | str | None = None,
+    **overrides: Any,
+) -> tuple[Tensor, ...]:
     "The arguments of a forward call at the registered size, or with the same `overrides` as the model: `model(*example_inputs(name))`."
     info = model_info(name)
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
     check_placement(device, None)
-    return tuple(info.model.example_inputs(override(info.config, overrides), batch_size, device))
+    return tuple(
+        info.model.example_inputs(override(info.config, overrides), batch_size, device)
+    )

@@ -1,23 +1,32 @@
 """docs/ and README.md are what the committed notebooks build to, byte for byte: a stale page fails, and so does an unstable build."""
+
 import subprocess
 import sys
 
 import pytest
-
 from book import ROOT
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
     """A second build, in another folder and another process."""
     folder = tmp_path_factory.mktemp("site")
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import build; from pathlib import Path; out = Path(sys.argv[2]); "
-            "build.build_site(out / 'docs'); (out / 'README.md').write_text(build.readme(), encoding='utf-8')")
-    subprocess.run([sys.executable, "-c", code, str(ROOT / "tools" / "site"), str(folder)], check=True)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import build; from pathlib import Path; out = Path(sys.argv[2]); "
+        "build.build_site(out / 'docs'); (out / 'README.md').write_text(build.readme(), encoding='utf-8')"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "tools" / "site"), str(folder)],
+        check=True,
+    )
     return folder
 
 
@@ -29,7 +38,9 @@ def test_docs_are_fresh(fresh):
 
 
 def test_readme_is_fresh(fresh):
-    assert (fresh / "README.md").read_text(encoding="utf-8") == (ROOT / "README.md").read_text(encoding="utf-8"), "run make docs"
+    assert (fresh / "README.md").read_text(encoding="utf-8") == (
+        ROOT / "README.md"
+    ).read_text(encoding="utf-8"), "run make docs"
 
 
 def test_docs_name_no_folder_of_this_machine():

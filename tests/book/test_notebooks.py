@@ -1,4 +1,5 @@
 """The notebooks are clean and stored with their outputs, and the re-run notices what it must."""
+
 import json
 import os
 import re
@@ -8,7 +9,6 @@ import sys
 
 import nbformat
 import pytest
-
 from book import ROOT, Cell, notebook_paths, read_book, reading_order, split_directives
 
 NOTEBOOKS = notebook_paths(ROOT / "nbs")
@@ -17,11 +17,17 @@ PRIVATE = re.compile(r"/(home|root|tmp|work|Users)/|\bat 0x[0-9a-f]{6,}")
 
 
 def test_the_book_has_a_reading_order():
-    order = [chapter for _, chapters in reading_order([n.name for n in read_book()]) for chapter in chapters]
+    order = [
+        chapter
+        for _, chapters in reading_order([n.name for n in read_book()])
+        for chapter in chapters
+    ]
     assert len(order) == len(set(order)) == len(NOTEBOOKS) - 1
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+@pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs"))
+)
 def test_clean(path):
     """No execution counts or stray metadata, no errors or warnings, outputs where a cell ends in a value, nothing private."""
     notebook = nbformat.read(path, as_version=4)
@@ -30,25 +36,44 @@ def test_clean(path):
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
     ids = [cell.id for cell in notebook.cells]
     assert len(set(ids)) == len(ids)
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[
+        0
+    ].source.startswith("# ")
     for cell in notebook.cells:
         assert set(cell.metadata) <= {"tags", "slideshow"}, cell.source
         if cell.cell_type == "code":
             assert cell.source.strip(), "an empty code cell"
             assert cell.execution_count is None, cell.source
             for output in cell.outputs:
-                assert output.output_type != "error", f"{cell.source}\n{output.get('evalue')}"
+                assert output.output_type != "error", (
+                    f"{cell.source}\n{output.get('evalue')}"
+                )
                 assert output.get("name") != "stderr", cell.source
-                text = output.get("text", "") + "".join(str(v) for k, v in output.get("data", {}).items() if not k.startswith("image/png"))
-                assert not PRIVATE.search(text), f"{cell.source}\nshows {PRIVATE.search(text)}"
+                text = output.get("text", "") + "".join(
+                    str(v)
+                    for k, v in output.get("data", {}).items()
+                    if not k.startswith("image/png")
+                )
+                assert not PRIVATE.search(text), (
+                    f"{cell.source}\nshows {PRIVATE.search(text)}"
+                )
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+@pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs"))
+)
 def test_has_been_run(path):
     """Some cell shows something, where there is code at all."""
     code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-    ran = [c for c in code if split_directives(c.source)[1].get("eval") != "false" and "export" not in split_directives(c.source)[1]]
-    assert not ran or any(c.outputs for c in code), "no cell has an output: run the notebook"
+    ran = [
+        c
+        for c in code
+        if split_directives(c.source)[1].get("eval") != "false"
+        and "export" not in split_directives(c.source)[1]
+    ]
+    assert not ran or any(c.outputs for c in code), (
+        "no cell has an output: run the notebook"
+    )
 
 
 CELLS = {
@@ -67,17 +92,38 @@ def small_book(tmp_path_factory):
     """A notebook made and stored by the book's own tools."""
     folder = tmp_path_factory.mktemp("book")
     shutil.copy(ROOT / "nbs" / "conftest.py", folder)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS.values()])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in CELLS.values()]
+    )
     nbformat.write(notebook, folder / "small.ipynb")
     code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import notebooks; notebooks.execute(Path(sys.argv[2]))"
-    subprocess.run([sys.executable, "-c", code, str(ROOT / "tools"), str(folder / "small.ipynb")], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "tools"), str(folder / "small.ipynb")],
+        check=True,
+    )
     return folder
 
 
 def rerun(folder):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    return subprocess.run([sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "-p", "no:xdist", "--color=no", str(folder)],
-                          cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--nbval",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--color=no",
+            str(folder),
+        ],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_stored_outputs_pass(small_book):
@@ -87,7 +133,15 @@ def test_stored_outputs_pass(small_book):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("old, new", [("3.25", "3.26"), ("梯度消失", "梯度爆炸"), ("[2, 3]", "[3, 2]"), ("3.25", "-3.25")])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("3.25", "3.26"),
+        ("梯度消失", "梯度爆炸"),
+        ("[2, 3]", "[3, 2]"),
+        ("3.25", "-3.25"),
+    ],
+)
 def test_changed_output_fails(small_book, tmp_path, old, new):
     """A digit, a Chinese character, a shape or a sign changed in a stored output is noticed."""
     shutil.copytree(small_book, tmp_path, dirs_exist_ok=True)
@@ -97,9 +151,13 @@ def test_changed_output_fails(small_book, tmp_path, old, new):
         text = json.dumps(cell.get("outputs"), ensure_ascii=False)
         cell["outputs"] = json.loads(text.replace(old, new))
         changed += text.count(old)
-    (tmp_path / "small.ipynb").write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "small.ipynb").write_text(
+        json.dumps(notebook, ensure_ascii=False), encoding="utf-8"
+    )
     result = rerun(tmp_path)
-    assert changed and result.returncode == 1 and "1 failed" in result.stdout, result.stdout
+    assert changed and result.returncode == 1 and "1 failed" in result.stdout, (
+        result.stdout
+    )
 
 
 def test_missing_output_fails(small_book, tmp_path):

@@ -1,11 +1,11 @@
 """What the directives of a cell become on its page, and what the reference says of a definition."""
+
 import ast
 import json
 
+import attn_site
 import nbformat
 import pytest
-
-import attn_site
 import reference
 import stage
 from book import read_notebook, split_directives
@@ -15,74 +15,138 @@ from claims import Claim
 @pytest.fixture
 def staged(tmp_path):
     """Stage a notebook of these cells: (page cells, notebook)."""
+
     def make(*sources):
         path = tmp_path / "part" / "01_x.ipynb"
         path.parent.mkdir(exist_ok=True)
-        cells = [nbformat.v4.new_markdown_cell("# Title\n\nA summary."), *map(nbformat.v4.new_code_cell, sources)]
+        cells = [
+            nbformat.v4.new_markdown_cell("# Title\n\nA summary."),
+            *map(nbformat.v4.new_code_cell, sources),
+        ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
         notebook = read_notebook(path, tmp_path)
-        claims = {"a": Claim("a", "identity", "h_{t-1} < 1", "shown", "part/01_x", True, "confirmed")}
+        claims = {
+            "a": Claim(
+                "a", "identity", "h_{t-1} < 1", "shown", "part/01_x", True, "confirmed"
+            )
+        }
         return json.loads(stage.stage_notebook(notebook, claims))["cells"][1:], notebook
+
     return make
 
 
 def test_directives():
-    assert split_directives("#| export\n# | claim: a-b\nx = 1  #| no") == ("x = 1  #| no", {"export": "", "claim": "a-b"})
+    assert split_directives("#| export\n# | claim: a-b\nx = 1  #| no") == (
+        "x = 1  #| no",
+        {"export": "", "claim": "a-b"},
+    )
 
 
-@pytest.mark.parametrize("source", ["#| hide\nx = 1", "#| default_exp part.x", "#| hide\n#| export\nimport torch"])
+@pytest.mark.parametrize(
+    "source",
+    ["#| hide\nx = 1", "#| default_exp part.x", "#| hide\n#| export\nimport torch"],
+)
 def test_hidden_cells_vanish(staged, source):
     assert staged(source)[0] == []
 
 
-@pytest.mark.parametrize("source, tag", [("#| echo: false\nx", "remove-input"), ("#| output: false\nx", "remove-output"), ("#| code-fold: true\nx", "hide-input"),
-                                         ("#| export\nimport torch", "hide-input"), ("#| timing\nx", None), ("#| eval: false\nx", None)])
+@pytest.mark.parametrize(
+    "source, tag",
+    [
+        ("#| echo: false\nx", "remove-input"),
+        ("#| output: false\nx", "remove-output"),
+        ("#| code-fold: true\nx", "hide-input"),
+        ("#| export\nimport torch", "hide-input"),
+        ("#| timing\nx", None),
+        ("#| eval: false\nx", None),
+    ],
+)
 def test_tags(staged, source, tag):
-    cell, = staged(source)[0]
-    assert cell["metadata"]["tags"] == ([tag] if tag else []) and "#|" not in "".join(cell["source"])
+    (cell,) = staged(source)[0]
+    assert cell["metadata"]["tags"] == ([tag] if tag else []) and "#|" not in "".join(
+        cell["source"]
+    )
 
 
 def test_exported_cell_says_where_it_goes(staged):
     cells, notebook = staged("#| default_exp part.x", "#| export\ndef f(x):\n    pass")
-    assert notebook.full_module == "attn_notes.part.x" and (notebook.title, notebook.summary) == ("Title", "A summary.")
-    assert "exported: attn_notes.part.x" in cells[0]["source"] and 'id="def-f"' in cells[0]["source"]
+    assert notebook.full_module == "attn_notes.part.x" and (
+        notebook.title,
+        notebook.summary,
+    ) == ("Title", "A summary.")
+    assert (
+        "exported: attn_notes.part.x" in cells[0]["source"]
+        and 'id="def-f"' in cells[0]["source"]
+    )
     assert cells[1]["source"] == "def f(x):\n    pass"
 
 
 def test_claim_cell_carries_its_verdict(staged):
     strip, cell = staged("#| claim: a\nassert x")[0]
-    assert 'id="claim-a"' in strip["source"] and "confirmed" in strip["source"] and "<i>h</i><sub>t-1</sub> &lt; 1" in strip["source"]
+    assert (
+        'id="claim-a"' in strip["source"]
+        and "confirmed" in strip["source"]
+        and "<i>h</i><sub>t-1</sub> &lt; 1" in strip["source"]
+    )
 
 
 def test_figure_gets_caption_and_name(staged):
-    cell, = staged("#| fig-cap: A curve.\n#| label: fig-curve\nplot()")[0]
-    assert cell["metadata"]["mystnb"]["figure"] == {"caption": "A curve.", "name": "fig-curve"}
+    (cell,) = staged("#| fig-cap: A curve.\n#| label: fig-curve\nplot()")[0]
+    assert cell["metadata"]["mystnb"]["figure"] == {
+        "caption": "A curve.",
+        "name": "fig-curve",
+    }
 
 
-@pytest.mark.parametrize("source, signature", [
-    ("def f(a, *, b: int = 1, **c) -> int: pass", "f(a, *, b: int = 1, **c) -> int"),
-    ("def f(a=1, /, *b): pass", "f(a=1, *b)"),
-    ("class A:\n    def __init__(self, x: int): pass", "A(x: int)"),
-    ("class A(B): pass", "A(B)"),
-    ("class A:\n    x: int\n    y: str = 'a'", 'A(\n    x: int,\n    y: str = "a",\n)'),
-])
+@pytest.mark.parametrize(
+    "source, signature",
+    [
+        (
+            "def f(a, *, b: int = 1, **c) -> int: pass",
+            "f(a, *, b: int = 1, **c) -> int",
+        ),
+        ("def f(a=1, /, *b): pass", "f(a=1, *b)"),
+        ("class A:\n    def __init__(self, x: int): pass", "A(x: int)"),
+        ("class A(B): pass", "A(B)"),
+        (
+            "class A:\n    x: int\n    y: str = 'a'",
+            'A(\n    x: int,\n    y: str = "a",\n)',
+        ),
+    ],
+)
 def test_signatures(source, signature):
     node = ast.parse(source).body[0]
-    assert (reference.class_signature(node) if isinstance(node, ast.ClassDef) else reference.signature_of(node, node.name)) == signature
+    assert (
+        reference.class_signature(node)
+        if isinstance(node, ast.ClassDef)
+        else reference.signature_of(node, node.name)
+    ) == signature
 
 
 def test_patched_methods_join_their_class(staged):
-    _, notebook = staged("#| default_exp part.x", "#| export\nclass A:\n    'The class.'", "#| export\n@patch\ndef go(self: A, n: int) -> int:\n    'Goes.'")
-    a, = reference.find_symbols([notebook])["part.x"]
-    assert [m.signature for m in a.methods] == ["go(n: int) -> int"] and a.methods[0].defined_as == "A.go"
+    _, notebook = staged(
+        "#| default_exp part.x",
+        "#| export\nclass A:\n    'The class.'",
+        "#| export\n@patch\ndef go(self: A, n: int) -> int:\n    'Goes.'",
+    )
+    (a,) = reference.find_symbols([notebook])["part.x"]
+    assert [m.signature for m in a.methods] == ["go(n: int) -> int"] and a.methods[
+        0
+    ].defined_as == "A.go"
 
 
 def test_names_in_code_are_linked_but_not_attributes_or_keywords():
-    code = ('<div class="highlight-ipython3 notranslate"><div class="highlight"><pre><span class="n">f</span><span class="p">(</span><span class="n">f</span><span class="o">=</span>'
-            '<span class="n">x</span><span class="o">.</span><span class="n">f</span></pre></div>')
+    code = (
+        '<div class="highlight-ipython3 notranslate"><div class="highlight"><pre><span class="n">f</span><span class="p">(</span><span class="n">f</span><span class="o">=</span>'
+        '<span class="n">x</span><span class="o">.</span><span class="n">f</span></pre></div>'
+    )
     linked = attn_site.link_names(code, {"f": "api/m.html#f"}, "../")
-    assert linked.count('<a class="code-link" href="../api/m.html#f">') == 1 and linked.index("<a ") < linked.index("(")
+    assert linked.count(
+        '<a class="code-link" href="../api/m.html#f">'
+    ) == 1 and linked.index("<a ") < linked.index("(")
 
 
 def test_chinese_is_searched_in_pairs():
-    assert {"梯度消失", "梯度", "消失", "of"} <= set(attn_site.BookEnglish({}).split("of 梯度消失"))
+    assert {"梯度消失", "梯度", "消失", "of"} <= set(
+        attn_site.BookEnglish({}).split("of 梯度消失")
+    )

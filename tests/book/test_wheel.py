@@ -1,4 +1,5 @@
 """The wheel, as a user gets it: built, installed into a clean environment, imported, used."""
+
 import json
 import os
 import re
@@ -8,17 +9,33 @@ import sys
 import zipfile
 
 import pytest
-
 from book import ROOT
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built from a copy of what a clone holds, so that the build leaves nothing behind."""
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "attn_notes", folder / "project" / "attn_notes", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "attn_notes",
+        folder / "project" / "attn_notes",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "project")
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(folder / "project")], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--outdir",
+            str(folder),
+            str(folder / "project"),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -26,7 +43,11 @@ def test_contents(wheel):
     """Every module and all package data, the licence, and nothing else."""
     names = zipfile.ZipFile(wheel).namelist()
     packed = {n for n in names if n.startswith("attn_notes/")}
-    there = {str(p.relative_to(ROOT)) for p in (ROOT / "attn_notes").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    there = {
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "attn_notes").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     assert packed == there
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("attn_notes/", "attn_notes-")) for name in names)
@@ -38,18 +59,44 @@ def python(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clean")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"), str(wheel)],
-                   check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            "-c",
+            str(ROOT / "constraints.txt"),
+            str(wheel),
+        ],
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
     return python
 
 
 def wheel_version() -> str:
-    return re.search(r"^version = (\S+)", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    return re.search(
+        r"^version = (\S+)",
+        (ROOT / "settings.ini").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )[1]
 
 
 def run(python, *arguments, cwd):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
-    return subprocess.run([python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))
+    }
+    return subprocess.run(
+        [python, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def test_package(python, tmp_path):
@@ -72,7 +119,10 @@ def test_command_line(python, tmp_path):
     command = str(os.path.join(os.path.dirname(python), "attn-notes"))
     help_text = run(command, "--help", cwd=tmp_path)
     assert help_text.returncode == 0
-    assert all(re.search(rf"\b{name}\b", help_text.stdout) for name in ("list", "info", "check", "train", "predict", "bench")), help_text.stdout
+    assert all(
+        re.search(rf"\b{name}\b", help_text.stdout)
+        for name in ("list", "info", "check", "train", "predict", "bench")
+    ), help_text.stdout
     listed = run(command, "list", cwd=tmp_path)
     assert listed.returncode == 0 and listed.stdout.strip(), listed.stderr
     wrong = run(command, "info", "no_such_model", cwd=tmp_path)

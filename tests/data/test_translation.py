@@ -1,35 +1,70 @@
 """Splits that do not touch, longer sentences, the neighbour baseline, and WMT14 in its real layouts."""
+
 import pytest
 
 from attn_notes.data.phrases import Pair
-from attn_notes.data.translation import LANGUAGES, SPLITS, fold, join_phrases, nearest_neighbour_translate, translation_pairs
+from attn_notes.data.translation import (
+    LANGUAGES,
+    SPLITS,
+    fold,
+    join_phrases,
+    nearest_neighbour_translate,
+    translation_pairs,
+)
 from attn_notes.data.vocabulary import tokenize
 from attn_notes.foundations.checks import ConfigError, InputError
 
-SETS = [(name, holdout) for name in LANGUAGES if not name.startswith("wmt14")
-        for holdout in (("random", "unit") if name.startswith(("cldr", "dates")) else ("random",))]
+SETS = [
+    (name, holdout)
+    for name in LANGUAGES
+    if not name.startswith("wmt14")
+    for holdout in (
+        ("random", "unit") if name.startswith(("cldr", "dates")) else ("random",)
+    )
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, holdout", SETS)
 def test_no_pair_is_in_two_splits(name, holdout):
-    splits = [{pair.source for pair in translation_pairs(name, split, holdout)} for split in SPLITS]
+    splits = [
+        {pair.source for pair in translation_pairs(name, split, holdout)}
+        for split in SPLITS
+    ]
     sizes = [len(translation_pairs(name, split, holdout)) for split in SPLITS]
-    assert len(set.union(*splits)) == sum(sizes) and min(sizes) > 30 and sizes[0] > 0.85 * sum(sizes)
+    assert (
+        len(set.union(*splits)) == sum(sizes)
+        and min(sizes) > 30
+        and sizes[0] > 0.85 * sum(sizes)
+    )
 
 
 @pytest.mark.parametrize("name", ["cldr-en-fr", "cldr-en-zh", "dates-iso"])
 def test_held_out_units_are_not_trained_on(name):
-    trained = {key for pair in translation_pairs(name, "train", "unit") for key in pair.group.split()}
+    trained = {
+        key
+        for pair in translation_pairs(name, "train", "unit")
+        for key in pair.group.split()
+    }
     for split in ("valid", "test"):
         for pair in translation_pairs(name, split, "unit"):
             assert not trained.issuperset(pair.group.split())
-    keys = {key for pair in translation_pairs(name, "test", "unit") for key in pair.group.split() if fold(key) == "test"}
-    assert {key.split(":")[0] for key in keys} == ({"year"} if name == "dates-iso" else {"unit", "money", "country"})
+    keys = {
+        key
+        for pair in translation_pairs(name, "test", "unit")
+        for key in pair.group.split()
+        if fold(key) == "test"
+    }
+    assert {key.split(":")[0] for key in keys} == (
+        {"year"} if name == "dates-iso" else {"unit", "money", "country"}
+    )
 
 
 def test_languages_share_their_splits():
-    french, chinese = ({pair.source for pair in translation_pairs(name, "test")} for name in ("cldr-en-fr", "cldr-en-zh"))
+    french, chinese = (
+        {pair.source for pair in translation_pairs(name, "test")}
+        for name in ("cldr-en-fr", "cldr-en-zh")
+    )
     assert french == chinese
 
 
@@ -41,22 +76,37 @@ def test_callers_get_their_own_list():
 def test_joined_phrases():
     pairs = translation_pairs("cldr-en-fr", "valid")
     joined = join_phrases(pairs, 300, seed=1)
-    assert joined == join_phrases(pairs, 300, seed=1) != join_phrases(pairs, 300, seed=2)
+    assert (
+        joined == join_phrases(pairs, 300, seed=1) != join_phrases(pairs, 300, seed=2)
+    )
     assert len({pair.source for pair in joined}) == 300
     short = {pair.source: pair.target for pair in pairs}
-    assert any(pair.source in short for pair in joined) and all(pair in pairs for pair in join_phrases(pairs, 20, most=1))
-    lengths = [len(tokenize(pair.source)) for pair in join_phrases(translation_pairs(), 2_000)]
+    assert any(pair.source in short for pair in joined) and all(
+        pair in pairs for pair in join_phrases(pairs, 20, most=1)
+    )
+    lengths = [
+        len(tokenize(pair.source)) for pair in join_phrases(translation_pairs(), 2_000)
+    ]
     assert 13 < sum(lengths) / len(lengths) < 17
 
 
 def test_the_neighbour_of_a_known_text_is_itself():
     pairs = translation_pairs("cldr-en-fr")[:400]
-    assert nearest_neighbour_translate(pairs, [pair.source for pair in pairs], chunk=64) == [pair.target for pair in pairs]
+    assert nearest_neighbour_translate(
+        pairs, [pair.source for pair in pairs], chunk=64
+    ) == [pair.target for pair in pairs]
 
 
 def test_the_neighbour_shares_the_rare_word():
-    pairs = [Pair("in 3 days", "a"), Pair("in 3 weeks", "b"), Pair("in 4 days", "c"), Pair("in 3 days", "d")]
-    assert nearest_neighbour_translate(pairs, ["9 weeks", "in 4 days", "in 3 days", "nothing known"]) == ["b", "c", "a", "a"]
+    pairs = [
+        Pair("in 3 days", "a"),
+        Pair("in 3 weeks", "b"),
+        Pair("in 4 days", "c"),
+        Pair("in 3 days", "d"),
+    ]
+    assert nearest_neighbour_translate(
+        pairs, ["9 weeks", "in 4 days", "in 3 days", "nothing known"]
+    ) == ["b", "c", "a", "a"]
 
 
 @pytest.mark.no_shapes
@@ -69,7 +119,11 @@ def test_bad_arguments(tmp_path):
         translation_pairs("gettext-en-fr", holdout="unit")
     with pytest.raises(ConfigError, match="data_dir"):
         translation_pairs("cldr-en-fr", data_dir=tmp_path)
-    for arguments in (dict(count=1, most=5), dict(count=9, most=1), dict(count=1, most=0)):
+    for arguments in (
+        dict(count=1, most=5),
+        dict(count=9, most=1),
+        dict(count=1, most=0),
+    ):
         with pytest.raises(InputError):
             join_phrases([Pair("a", "b")] * 4, **arguments)
     with pytest.raises(InputError):
@@ -77,8 +131,15 @@ def test_bad_arguments(tmp_path):
 
 
 ENGLISH = ["Resumption of the session", "I declare  resumed the session.", ""]
-GERMAN = ["Wiederaufnahme der Sitzungsperiode", "Ich erkläre die Sitzungsperiode für wiederaufgenommen.", "leer"]
-PAIRS = [Pair("Resumption of the session", GERMAN[0]), Pair("I declare resumed the session.", GERMAN[1])]
+GERMAN = [
+    "Wiederaufnahme der Sitzungsperiode",
+    "Ich erkläre die Sitzungsperiode für wiederaufgenommen.",
+    "leer",
+]
+PAIRS = [
+    Pair("Resumption of the session", GERMAN[0]),
+    Pair("I declare resumed the session.", GERMAN[1]),
+]
 
 
 def write_parquet(folder, shards=2):
@@ -91,7 +152,10 @@ def write_parquet(folder, shards=2):
     for split, count in (("train", shards), ("validation", 1), ("test", 1)):
         for i in range(count):
             rows = [{"de": a, "en": b} for a, b in zip(GERMAN, ENGLISH)][i::count]
-            parquet.write_table(pyarrow.table({"translation": pyarrow.array(rows, kind)}), folder / f"{split}-{i:05d}-of-{count:05d}.parquet")
+            parquet.write_table(
+                pyarrow.table({"translation": pyarrow.array(rows, kind)}),
+                folder / f"{split}-{i:05d}-of-{count:05d}.parquet",
+            )
 
 
 def write_text(folder):
@@ -103,15 +167,21 @@ def write_text(folder):
 @pytest.mark.parametrize("inside", [True, False])
 def test_wmt14_from_parquet(tmp_path, inside):
     write_parquet(tmp_path / "de-en")
-    found = translation_pairs("wmt14-en-de", "train", data_dir=tmp_path if inside else tmp_path / "de-en")
-    assert sorted(found, key=lambda p: p.source) == sorted(PAIRS, key=lambda p: p.source)
+    found = translation_pairs(
+        "wmt14-en-de", "train", data_dir=tmp_path if inside else tmp_path / "de-en"
+    )
+    assert sorted(found, key=lambda p: p.source) == sorted(
+        PAIRS, key=lambda p: p.source
+    )
     assert translation_pairs("wmt14-en-de", "test", data_dir=str(tmp_path)) == PAIRS
 
 
 def test_wmt14_from_text(tmp_path):
     write_text(tmp_path)
     assert translation_pairs("wmt14-en-de", "valid", data_dir=tmp_path) == PAIRS
-    (tmp_path / "train.de").write_text("\n".join(["Wieder@@ aufnahme der Sitzungs@@ periode", *GERMAN[1:]]), "utf-8")
+    (tmp_path / "train.de").write_text(
+        "\n".join(["Wieder@@ aufnahme der Sitzungs@@ periode", *GERMAN[1:]]), "utf-8"
+    )
     assert translation_pairs("wmt14-en-de", "train", data_dir=tmp_path) == PAIRS
 
 
@@ -149,7 +219,9 @@ def test_parquet_of_something_else(tmp_path):
     import pyarrow.parquet as parquet
 
     for split in ("train", "validation", "test"):
-        parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / f"{split}-00000-of-00001.parquet")
+        parquet.write_table(
+            pyarrow.table({"text": ["a"]}), tmp_path / f"{split}-00000-of-00001.parquet"
+        )
     with pytest.raises(InputError, match="translation"):
         translation_pairs("wmt14-en-de", data_dir=tmp_path)
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1 cut short")

@@ -1,4 +1,5 @@
 """Cutting text loses nothing, and ids mean the same on every machine."""
+
 import json
 import subprocess
 import sys
@@ -8,10 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attn_notes.data.translation import LANGUAGES, SPLITS, translation_pairs
-from attn_notes.data.vocabulary import Subwords, Vocabulary, detokenize, need, normalise, tokenize, vocabulary_from
+from attn_notes.data.vocabulary import (
+    Subwords,
+    Vocabulary,
+    detokenize,
+    need,
+    normalise,
+    tokenize,
+    vocabulary_from,
+)
 from attn_notes.foundations.checks import ConfigError, InputError
 
-TEXT = st.text(st.one_of(st.sampled_from("a1 ,‿▁-é公年、’\u0301\u202f\u2028<>"), st.characters(codec="utf-8")), max_size=30)
+TEXT = st.text(
+    st.one_of(
+        st.sampled_from("a1 ,‿▁-é公年、’\u0301\u202f\u2028<>"),
+        st.characters(codec="utf-8"),
+    ),
+    max_size=30,
+)
 
 
 @given(TEXT, st.sampled_from(["en", "fr", "mul", "zh", "ja", "iso"]))
@@ -26,10 +41,19 @@ def test_no_token_is_empty_or_holds_a_space(text, language):
 
 @pytest.mark.slow
 def test_all_phrases_round_trip():
-    texts = {(language, getattr(pair, side)) for name in ("cldr-en-fr", "cldr-en-de", "cldr-en-zh", "dates-iso") for split in SPLITS
-             for pair in translation_pairs(name, split) for language, side in zip(LANGUAGES[name], ("source", "target"))}
+    texts = {
+        (language, getattr(pair, side))
+        for name in ("cldr-en-fr", "cldr-en-de", "cldr-en-zh", "dates-iso")
+        for split in SPLITS
+        for pair in translation_pairs(name, split)
+        for language, side in zip(LANGUAGES[name], ("source", "target"))
+    }
     assert len(texts) > 60_000
-    wrong = [text for language, text in texts if detokenize(tokenize(text, language), language) != text]
+    wrong = [
+        text
+        for language, text in texts
+        if detokenize(tokenize(text, language), language) != text
+    ]
     assert not wrong
 
 
@@ -46,7 +70,9 @@ def test_what_was_built_from_a_text_decodes_to_it(texts, language):
     for text in texts:
         if not vocabulary.unknown(text):
             assert vocabulary.decode(vocabulary.encode(text)) == normalise(text)
-    assert Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+    assert (
+        Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+    )
 
 
 def test_order_is_by_count_then_alphabet():
@@ -57,21 +83,44 @@ def test_order_is_by_count_then_alphabet():
 
 
 def test_two_languages_share_one_list():
-    english, chinese = Vocabulary.build_joint([["b a 1", "b"], iter(["1英 b", "英"])], ["en", "zh"])
-    assert english.tokens[4:] == chinese.tokens[4:] == ["1", "b", "英", "a", "▁b"] and [english.language, chinese.language] == ["en", "zh"]
-    assert Vocabulary.build_joint([["b a", "b"]], ["en"], max_size=5)[0] == Vocabulary.build(["b a", "b"], max_size=5)
+    english, chinese = Vocabulary.build_joint(
+        [["b a 1", "b"], iter(["1英 b", "英"])], ["en", "zh"]
+    )
+    assert english.tokens[4:] == chinese.tokens[4:] == ["1", "b", "英", "a", "▁b"] and [
+        english.language,
+        chinese.language,
+    ] == ["en", "zh"]
+    assert Vocabulary.build_joint([["b a", "b"]], ["en"], max_size=5)[
+        0
+    ] == Vocabulary.build(["b a", "b"], max_size=5)
 
 
 def test_special_tokens():
     vocabulary = Vocabulary(["a"])
-    assert vocabulary.encode("a b") == [4, 3] and vocabulary.unknown("a b c") == ["b", "c"]
-    assert vocabulary.decode([1, 4, 3, 2, 4, 0]) == "a <unk>" and vocabulary.decode([]) == ""
+    assert vocabulary.encode("a b") == [4, 3] and vocabulary.unknown("a b c") == [
+        "b",
+        "c",
+    ]
+    assert (
+        vocabulary.decode([1, 4, 3, 2, 4, 0]) == "a <unk>"
+        and vocabulary.decode([]) == ""
+    )
 
 
 # pieces of words
 
-ENGLISH = ["the lower house", "the lowest house of the widest street, No. 12", "a house", "I declare resumed the session."] * 3
-GERMAN = ["das Haus", "das niedrigste Haus der breitesten Straße, Nr. 12", "ein Haus", "Ich erkläre die Sitzung für wiederaufgenommen."] * 3
+ENGLISH = [
+    "the lower house",
+    "the lowest house of the widest street, No. 12",
+    "a house",
+    "I declare resumed the session.",
+] * 3
+GERMAN = [
+    "das Haus",
+    "das niedrigste Haus der breitesten Straße, Nr. 12",
+    "ein Haus",
+    "Ich erkläre die Sitzung für wiederaufgenommen.",
+] * 3
 
 
 @given(st.lists(TEXT, min_size=1, max_size=4), TEXT, st.integers(5, 60))
@@ -80,39 +129,76 @@ def test_pieces_spell_every_text_of_known_characters(texts, other, size):
     for text in [*texts, other]:
         ids = pieces.encode(text)
         known = not pieces.unknown(text)
-        assert (3 in ids) == (not known) and not {0, 1, 2} & set(ids) and all(3 <= i < len(pieces) for i in ids)
+        assert (
+            (3 in ids) == (not known)
+            and not {0, 1, 2} & set(ids)
+            and all(3 <= i < len(pieces) for i in ids)
+        )
         assert not known or pieces.decode([1, *ids, 2, 0]) == normalise(text)
     assert len(pieces) <= max(size, 4 + len(set("".join(pieces.tokens[4:]))))
 
 
 def test_a_piece_crosses_no_space_and_no_digit_joins_another():
     pieces = Subwords.build(["12 12 miles, 每小时12公里"] * 9, max_size=500)
-    assert all(" " not in token[1:] for token in pieces.tokens) and not {"12", " 12", "小时"} & set(pieces.tokens) and " miles" in pieces.tokens
-    assert [pieces.tokens[i] for i in pieces.encode("miles 121")] == [" miles", " 1", "2", "1"]
+    assert (
+        all(" " not in token[1:] for token in pieces.tokens)
+        and not {"12", " 12", "小时"} & set(pieces.tokens)
+        and " miles" in pieces.tokens
+    )
+    assert [pieces.tokens[i] for i in pieces.encode("miles 121")] == [
+        " miles",
+        " 1",
+        "2",
+        "1",
+    ]
 
 
 def test_pieces_have_the_interface_of_a_vocabulary():
-    english, german = Subwords.build_joint([ENGLISH, iter(GERMAN)], ["en", "de"], max_size=90)
-    assert len(english) == len(german) == 90 and english.tokens == german.tokens and english.tokens[:4] == Vocabulary([]).tokens
+    english, german = Subwords.build_joint(
+        [ENGLISH, iter(GERMAN)], ["en", "de"], max_size=90
+    )
+    assert (
+        len(english) == len(german) == 90
+        and english.tokens == german.tokens
+        and english.tokens[:4] == Vocabulary([]).tokens
+    )
     assert [english.language, german.language] == ["en", "de"] and english != german
-    assert english == Subwords.build_joint([ENGLISH, GERMAN], ["en", "de"], max_size=90)[0]
-    assert english.decode(english.encode("the hottest session")) == "the hottest session" and english.encode("") == []
-    assert english.unknown("tée ?§?") == ["é", "?", "§", "?"] and english.decode(english.encode("é t")) == "<unk> t"
+    assert (
+        english == Subwords.build_joint([ENGLISH, GERMAN], ["en", "de"], max_size=90)[0]
+    )
+    assert (
+        english.decode(english.encode("the hottest session")) == "the hottest session"
+        and english.encode("") == []
+    )
+    assert (
+        english.unknown("tée ?§?") == ["é", "?", "§", "?"]
+        and english.decode(english.encode("é t")) == "<unk> t"
+    )
     stored = json.loads(json.dumps(german.to_dict()))
-    assert vocabulary_from(stored) == german == Subwords.from_dict(stored) and vocabulary_from(stored).encode("das Hau§") == german.encode("das Hau§")
+    assert vocabulary_from(stored) == german == Subwords.from_dict(
+        stored
+    ) and vocabulary_from(stored).encode("das Hau§") == german.encode("das Hau§")
     plain = Vocabulary(german.tokens[4:], "de")
     assert vocabulary_from(plain.to_dict()) == plain != german and german != plain
 
 
 def test_texts_that_look_like_special_tokens_are_texts():
     pieces = Subwords.build(["<pad> <eos> <unk>"] * 3, max_size=40)
-    assert min(pieces.encode("<pad><eos>")) > 3 and pieces.decode(pieces.encode("<pad> <eos>")) == "<pad> <eos>"
+    assert (
+        min(pieces.encode("<pad><eos>")) > 3
+        and pieces.decode(pieces.encode("<pad> <eos>")) == "<pad> <eos>"
+    )
 
 
 @pytest.mark.slow
 def test_training_is_the_same_in_every_process():
     code = f"from attn_notes.data.vocabulary import Subwords; print(Subwords.build({ENGLISH + GERMAN!r}, max_size=120).to_dict())"
-    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    }
     assert said == {f"{Subwords.build(ENGLISH + GERMAN, max_size=120).to_dict()}\n"}
 
 

@@ -1,4 +1,5 @@
 """The cache of keys and values: the same as putting everything side by side, without copying it at every word."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,12 @@ PIECES = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 def words(n, b=2, h=3, c=4, seed=0, dtype=torch.float64):
     "Keys and values of n words, cut out of a larger product as `MultiHeadAttention.project` leaves them."
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(b, n, 2, h, c, generator=generator).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    return (
+        torch.randn(b, n, 2, h, c, generator=generator)
+        .to(dtype)
+        .permute(2, 0, 3, 1, 4)
+        .unbind(0)
+    )
 
 
 @given(PIECES, st.integers(1, 3), st.integers(0, 99))
@@ -24,13 +30,19 @@ def test_pieces_come_back_as_one(pieces, b, seed):
     for new in zip(k.split(pieces, 2), v.split(pieces, 2)):
         got = cache.append(*new)
         end += new[0].shape[2]
-        assert cache.length == end and torch.equal(got[0], k[:, :, :end]) and torch.equal(got[1], v[:, :, :end])
+        assert (
+            cache.length == end
+            and torch.equal(got[0], k[:, :, :end])
+            and torch.equal(got[1], v[:, :, :end])
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_type_and_device_are_those_of_the_words(dtype):
     assert {x.dtype for x in KeyValueCache().append(*words(3, dtype=dtype))} == {dtype}
-    assert {x.device.type for x in KeyValueCache().append(*(x.to("meta") for x in words(3)))} == {"meta"}
+    assert {
+        x.device.type for x in KeyValueCache().append(*(x.to("meta") for x in words(3)))
+    } == {"meta"}
 
 
 def test_what_comes_back_is_a_view_and_is_seldom_moved():
@@ -39,9 +51,12 @@ def test_what_comes_back_is_a_view_and_is_seldom_moved():
     rooms = [None]
     for t in range(1000):
         got = cache.append(k[:, :, t : t + 1], v[:, :, t : t + 1])
-        assert [x.data_ptr() for x in got] == [cache.keys.data_ptr(), cache.values.data_ptr()]
+        assert [x.data_ptr() for x in got] == [
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+        ]
         if cache.keys is not rooms[-1]:
-            rooms.append(cache.keys)                                     # kept, so that no address comes twice
+            rooms.append(cache.keys)  # kept, so that no address comes twice
             copied += t
     assert len(rooms) < 25 and copied < 6 * 1000
     assert cache.keys.shape[2] <= 1.5 * 1000
@@ -58,7 +73,10 @@ def test_reorder_picks_rows(pieces, rows, seed):
     assert isinstance(cache, KeyValueCache) and cache.length == n
     got = cache.append(*(torch.full_like(x[index, :, n:], 7.0) for x in (k, v)))
     for found, x in zip(got, (k, v)):
-        assert torch.equal(found[:, :, :n], x[index, :, :n]) and (found[:, :, n:] == 7).all()
+        assert (
+            torch.equal(found[:, :, :n], x[index, :, :n])
+            and (found[:, :, n:] == 7).all()
+        )
 
 
 @pytest.mark.parametrize("index", [[2, 0, 1], [1, 1, 0], [0, 1, 2]])
@@ -68,7 +86,9 @@ def test_as_many_rows_stay_in_their_room(index):
     before = cache.keys.data_ptr(), cache.values.data_ptr()
     cache = cache.reorder(torch.tensor(index))
     assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before
-    assert torch.equal(cache.keys[:, :, :5], k[index]) and torch.equal(cache.values[:, :, :5], v[index])
+    assert torch.equal(cache.keys[:, :, :5], k[index]) and torch.equal(
+        cache.values[:, :, :5], v[index]
+    )
 
 
 def test_reorder_of_an_empty_cache_is_empty():
@@ -81,6 +101,9 @@ def test_reorder_of_an_empty_cache_is_empty():
 def test_words_of_another_shape_are_refused(other):
     cache, (k, v) = KeyValueCache(), words(5)
     cache.append(k, v)
-    with pytest.raises(InputError, match=r"^cache: expected keys .* that go on from \(2, 3, 5, 4\); got \(.*1, .*\)$"):
+    with pytest.raises(
+        InputError,
+        match=r"^cache: expected keys .* that go on from \(2, 3, 5, 4\); got \(.*1, .*\)$",
+    ):
         cache.append(*words(1, **other))
-    assert cache.length == 5 and torch.equal(cache.keys[:, :, :5], k)                # left as it was
+    assert cache.length == 5 and torch.equal(cache.keys[:, :, :5], k)  # left as it was

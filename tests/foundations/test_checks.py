@@ -1,10 +1,24 @@
 """The checks: what passes, what is refused, and with which words."""
+
 import pytest
 import torch
 from torch import Tensor
 
-from attn_notes.foundations.checks import (CheckpointError, ConfigError, InputError, Output, check_choice, check_divides, check_features, check_id_values,
-                                           check_ids, check_mask_rows, check_mask_shape, check_positive, check_probability)
+from attn_notes.foundations.checks import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    Output,
+    check_choice,
+    check_divides,
+    check_features,
+    check_id_values,
+    check_ids,
+    check_mask_rows,
+    check_mask_shape,
+    check_positive,
+    check_probability,
+)
 
 
 class Pair(Output):
@@ -13,7 +27,10 @@ class Pair(Output):
 
 
 def test_all_errors_are_value_errors():
-    assert all(issubclass(error, ValueError) for error in (ConfigError, InputError, CheckpointError))
+    assert all(
+        issubclass(error, ValueError)
+        for error in (ConfigError, InputError, CheckpointError)
+    )
 
 
 def test_good_input_passes():
@@ -38,41 +55,95 @@ def test_form_is_checked_without_data():
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("ids", [torch.tensor([1, 2]), torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.complex64),
-                                 torch.empty(0, 3, dtype=torch.long), torch.empty(3, 0, dtype=torch.long), [[1, 2]]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([1, 2]),
+        torch.ones(2, 3),
+        torch.ones(2, 3, dtype=torch.bool),
+        torch.ones(2, 3, dtype=torch.complex64),
+        torch.empty(0, 3, dtype=torch.long),
+        torch.empty(3, 0, dtype=torch.long),
+        [[1, 2]],
+    ],
+)
 def test_bad_ids(ids):
     with pytest.raises(InputError, match="^target_in: expected .*; got "):
         check_ids(ids, "target_in")
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("x", [torch.rand(2, 8), torch.rand(2, 3, 7), torch.ones(2, 3, 8, dtype=torch.long), torch.empty(0, 3, 8), torch.empty(2, 0, 8), None])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.rand(2, 8),
+        torch.rand(2, 3, 7),
+        torch.ones(2, 3, 8, dtype=torch.long),
+        torch.empty(0, 3, 8),
+        torch.empty(2, 0, 8),
+        None,
+    ],
+)
 def test_bad_features(x):
     with pytest.raises(InputError, match="^memory: expected .*; got "):
         check_features(x, 8, "memory")
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool), torch.ones(3, dtype=torch.bool), None])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 3),
+        torch.ones(2, 3, dtype=torch.long),
+        torch.ones(2, 4, dtype=torch.bool),
+        torch.ones(3, dtype=torch.bool),
+        None,
+    ],
+)
 def test_bad_mask(mask):
-    with pytest.raises(InputError, match=r"^source_mask: expected a boolean mask of shape \(2, 3\), True where allowed; got "):
+    with pytest.raises(
+        InputError,
+        match=r"^source_mask: expected a boolean mask of shape \(2, 3\), True where allowed; got ",
+    ):
         check_mask_shape(mask, (2, 3), "source_mask")
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("call, words", [
-    (lambda: check_divides(7, 512), "num_attention_heads must divide hidden_size; got 7 and 512"),
-    (lambda: check_divides(0, 512), "num_attention_heads must be a whole number of at least 1; got 0"),
-    (lambda: check_divides(4, 6, "groups", "channels"), "groups must divide channels; got 4 and 6"),
-    (lambda: check_positive(hidden_size=-1), "hidden_size must be a whole number of at least 1; got -1"),
-    (lambda: check_positive(hidden_size=1.5), "got 1.5"),
-    (lambda: check_positive(hidden_size=True), "got True"),
-    (lambda: check_positive(hidden_size=None), "got None"),
-    (lambda: check_probability(dropout=1), "dropout must be a number from 0 to below 1; got 1"),
-    (lambda: check_probability(dropout=-0.1), "got -0.1"),
-    (lambda: check_probability(dropout=float("nan")), "got nan"),
-    (lambda: check_probability(dropout="0.1"), "got '0.1'"),
-    (lambda: check_choice(("relu", "gelu"), activation="swish"), "activation must be one of relu, gelu; got 'swish'")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda: check_divides(7, 512),
+            "num_attention_heads must divide hidden_size; got 7 and 512",
+        ),
+        (
+            lambda: check_divides(0, 512),
+            "num_attention_heads must be a whole number of at least 1; got 0",
+        ),
+        (
+            lambda: check_divides(4, 6, "groups", "channels"),
+            "groups must divide channels; got 4 and 6",
+        ),
+        (
+            lambda: check_positive(hidden_size=-1),
+            "hidden_size must be a whole number of at least 1; got -1",
+        ),
+        (lambda: check_positive(hidden_size=1.5), "got 1.5"),
+        (lambda: check_positive(hidden_size=True), "got True"),
+        (lambda: check_positive(hidden_size=None), "got None"),
+        (
+            lambda: check_probability(dropout=1),
+            "dropout must be a number from 0 to below 1; got 1",
+        ),
+        (lambda: check_probability(dropout=-0.1), "got -0.1"),
+        (lambda: check_probability(dropout=float("nan")), "got nan"),
+        (lambda: check_probability(dropout="0.1"), "got '0.1'"),
+        (
+            lambda: check_choice(("relu", "gelu"), activation="swish"),
+            "activation must be one of relu, gelu; got 'swish'",
+        ),
+    ],
+)
 def test_bad_configuration(call, words):
     with pytest.raises(ConfigError) as error:
         call()
@@ -81,7 +152,9 @@ def test_bad_configuration(call, words):
 
 @pytest.mark.parametrize("ids, came", [([[0, 9]], 9), ([[-1, 2]], -1)])
 def test_bad_values(ids, came):
-    with pytest.raises(InputError, match=rf"^source: expected ids from 0 to 8; got {came}$"):
+    with pytest.raises(
+        InputError, match=rf"^source: expected ids from 0 to 8; got {came}$"
+    ):
         check_id_values(torch.tensor(ids), 9)
 
 
@@ -94,7 +167,12 @@ def test_mask_that_hides_a_row():
 
 def test_output_by_attribute_and_key():
     pair = Pair(first=torch.ones(2))
-    assert pair["first"] is pair.first and list(pair) == ["first"] and len(pair) == 1 and dict(pair)["first"] is pair.first
+    assert (
+        pair["first"] is pair.first
+        and list(pair) == ["first"]
+        and len(pair) == 1
+        and dict(pair)["first"] is pair.first
+    )
     assert list(Pair(torch.ones(1), torch.zeros(1))) == ["first", "second"]
     for key in ("second", "third"):
         with pytest.raises(KeyError, match="expected one of first"):
@@ -110,4 +188,8 @@ def test_output_passes_through_compile_and_export():
     exported = torch.export.export(Doubling(), (x,)).module()(x)
     compiled = torch.compile(Doubling(), backend="eager", fullgraph=True)(x)
     for output in (exported, compiled):
-        assert isinstance(output, Pair) and torch.equal(output.first, 2 * x) and output.second is None
+        assert (
+            isinstance(output, Pair)
+            and torch.equal(output.first, 2 * x)
+            and output.second is None
+        )

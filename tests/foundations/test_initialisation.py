@@ -1,17 +1,26 @@
 """Initialisation: the scale of matrices, biases, and what is left alone."""
+
 import pytest
 import torch
 from torch import nn
 
 from attn_notes.foundations.blocks import EncoderBlock
 from attn_notes.foundations.checks import ConfigError
-from attn_notes.foundations.initialisation import init_normal_, init_uniform_, init_xavier_
+from attn_notes.foundations.initialisation import (
+    init_normal_,
+    init_uniform_,
+    init_xavier_,
+)
 
 
 def kinds(module):
     "Matrices, biases and norm gains of a module."
     named = list(module.named_parameters())
-    return ([p for _, p in named if p.ndim > 1], [p for n, p in named if p.ndim == 1 and "bias" in n], [p for n, p in named if p.ndim == 1 and "bias" not in n])
+    return (
+        [p for _, p in named if p.ndim > 1],
+        [p for n, p in named if p.ndim == 1 and "bias" in n],
+        [p for n, p in named if p.ndim == 1 and "bias" not in n],
+    )
 
 
 @pytest.fixture
@@ -30,11 +39,18 @@ def test_uniform_reaches_everything(block):
     assert values.abs().max() <= 0.08 and abs(values.std() - 0.08 / 3**0.5) < 1e-3
 
 
-@pytest.mark.parametrize("init", [init_xavier_, init_normal_, lambda m: init_normal_(m, truncated=True)])
+@pytest.mark.parametrize(
+    "init", [init_xavier_, init_normal_, lambda m: init_normal_(m, truncated=True)]
+)
 def test_biases_are_zero_and_gains_are_left(block, init):
     assert init(block) is block
     matrices, biases, gains = kinds(block)
-    assert all((b == 0).all() for b in biases) and len(biases) == 6 and all((g == 7).all() for g in gains) and len(gains) == 2
+    assert (
+        all((b == 0).all() for b in biases)
+        and len(biases) == 6
+        and all((g == 7).all() for g in gains)
+        and len(gains) == 2
+    )
     assert all(m.abs().max() < 1 for m in matrices) and len(matrices) == 4
 
 
@@ -45,12 +61,17 @@ def test_scales(block):
     init_normal_(block, std=0.1)
     assert all(abs(matrix.std() / 0.1 - 1) < 0.05 for matrix in kinds(block)[0])
     init_normal_(block, std=0.1, truncated=True)
-    assert all(matrix.abs().max() <= 0.2 and abs(matrix.std() / 0.088 - 1) < 0.05 for matrix in kinds(block)[0])
+    assert all(
+        matrix.abs().max() <= 0.2 and abs(matrix.std() / 0.088 - 1) < 0.05
+        for matrix in kinds(block)[0]
+    )
 
 
 def test_recurrent_biases_are_found():
     lstm = init_xavier_(nn.LSTM(4, 8, 2, bidirectional=True))
-    assert all((p == 0).all() for name, p in lstm.named_parameters() if name.startswith("bias"))
+    assert all(
+        (p == 0).all() for name, p in lstm.named_parameters() if name.startswith("bias")
+    )
 
 
 def test_meta_parameters_are_no_trouble():
@@ -59,8 +80,15 @@ def test_meta_parameters_are_no_trouble():
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("call", [lambda m: init_uniform_(m, 0.0), lambda m: init_uniform_(m, -1.0), lambda m: init_normal_(m, std=float("nan")),
-                                  lambda m: init_normal_(m, std=float("inf"))])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: init_uniform_(m, 0.0),
+        lambda m: init_uniform_(m, -1.0),
+        lambda m: init_normal_(m, std=float("nan")),
+        lambda m: init_normal_(m, std=float("inf")),
+    ],
+)
 def test_bad_scale_changes_nothing(block, call):
     with pytest.raises(ConfigError, match="must be a number above 0"):
         call(block)

@@ -1,4 +1,5 @@
 """Masks: True is allowed, and one function knows about axes."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,14 +7,19 @@ from hypothesis import strategies as st
 
 from attn_notes.foundations.attention import DotProductAttend, attention_naive
 from attn_notes.foundations.checks import InputError
-from attn_notes.foundations.masks import causal_mask, expand_mask, lengths_mask, padding_mask
+from attn_notes.foundations.masks import (
+    causal_mask,
+    expand_mask,
+    lengths_mask,
+    padding_mask,
+)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 9))
 def test_lengths_mask_counts(lengths, n):
     mask = lengths_mask(torch.tensor(lengths), n)
     assert mask.sum(-1).tolist() == [min(length, n) for length in lengths]
-    assert (mask[:, 1:] <= mask[:, :-1]).all()                          # real tokens first
+    assert (mask[:, 1:] <= mask[:, :-1]).all()  # real tokens first
 
 
 def test_padding_mask_agrees_with_lengths():
@@ -42,7 +48,10 @@ def test_a_later_word_leaves_earlier_outputs_untouched(n, past, data):
     other_k, other_v = k.clone(), v.clone()
     other_k[:, :, changed] += 1
     other_v[:, :, changed] -= 1
-    mask, earlier = causal_mask(n, past=past)[None], max(changed - past, 0)      # queries before the changed word
+    mask, earlier = (
+        causal_mask(n, past=past)[None],
+        max(changed - past, 0),
+    )  # queries before the changed word
     for attend in (lambda *x: attention_naive(*x)[0], DotProductAttend()):
         before, after = attend(q, k, v, mask), attend(q, other_k, other_v, mask)
         assert torch.equal(before[:, :, :earlier], after[:, :, :earlier])
@@ -53,7 +62,10 @@ def test_a_later_word_leaves_earlier_outputs_untouched(n, past, data):
 
 def test_masks_are_made_where_they_are_asked_for():
     assert causal_mask(3, "meta").device.type == "meta"
-    assert lengths_mask(torch.empty(2, dtype=torch.long, device="meta"), 4).device.type == "meta"
+    assert (
+        lengths_mask(torch.empty(2, dtype=torch.long, device="meta"), 4).device.type
+        == "meta"
+    )
 
 
 def test_expand_mask_shapes():
@@ -62,11 +74,22 @@ def test_expand_mask_shapes():
     assert torch.equal(expand_mask(square, pairs=True), square[None, None])
     assert expand_mask(torch.ones(2, 3, 4, dtype=torch.bool)).shape == (2, 1, 3, 4)
     four = torch.ones(2, 5, 3, 4, dtype=torch.bool)
-    assert expand_mask(four) is four and torch.equal(expand_mask(expand_mask(square)), expand_mask(square))
+    assert expand_mask(four) is four and torch.equal(
+        expand_mask(expand_mask(square)), expand_mask(square)
+    )
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("mask", [torch.ones(2, 3), torch.ones(3, dtype=torch.bool), torch.ones(1, 1, 1, 1, 1, dtype=torch.bool), [[True]], None])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 3),
+        torch.ones(3, dtype=torch.bool),
+        torch.ones(1, 1, 1, 1, 1, dtype=torch.bool),
+        [[True]],
+        None,
+    ],
+)
 def test_bad_mask(mask):
     with pytest.raises(InputError, match="^mask: expected a boolean tensor"):
         expand_mask(mask)
@@ -74,6 +97,10 @@ def test_bad_mask(mask):
 
 @pytest.mark.no_shapes
 def test_bad_sizes():
-    for call in (lambda: causal_mask(0), lambda: lengths_mask(torch.tensor([1]), 0), lambda: lengths_mask(torch.tensor([[1]]), 2)):
+    for call in (
+        lambda: causal_mask(0),
+        lambda: lengths_mask(torch.tensor([1]), 0),
+        lambda: lengths_mask(torch.tensor([[1]]), 2),
+    ):
         with pytest.raises(InputError, match="expected"):
             call()

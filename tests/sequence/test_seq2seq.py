@@ -1,4 +1,5 @@
 """Sequence to Sequence: the four models against the papers' equations, torch's own layers, and what must never change a result."""
+
 from dataclasses import replace
 
 import pytest
@@ -11,19 +12,47 @@ from attn_notes.foundations.attention import record_attention
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.foundations.search import beam_search
 from attn_notes.sequence.seq2seq import (
-    PAPER, AdditiveAttend, Encoder, FeedbackRecurrent, ProductAttend, Seq2SeqBahdanau, Seq2SeqConfig, Seq2SeqGRU, Seq2SeqLSTM,
-    Seq2SeqLuong, reverse_words,
+    PAPER,
+    AdditiveAttend,
+    Encoder,
+    FeedbackRecurrent,
+    ProductAttend,
+    Seq2SeqBahdanau,
+    Seq2SeqConfig,
+    Seq2SeqGRU,
+    Seq2SeqLSTM,
+    Seq2SeqLuong,
+    reverse_words,
 )
-from attn_notes.zoo.registry import count_parameters, create_model, example_inputs, list_models, model_info
+from attn_notes.zoo.registry import (
+    count_parameters,
+    create_model,
+    example_inputs,
+    list_models,
+    model_info,
+)
 
-SMALL = Seq2SeqConfig(source_vocab_size=23, target_vocab_size=31, embedding_size=7, hidden_size=10, num_hidden_layers=2,
-                      attention_size=5, maxout_size=6)
+SMALL = Seq2SeqConfig(
+    source_vocab_size=23,
+    target_vocab_size=31,
+    embedding_size=7,
+    hidden_size=10,
+    num_hidden_layers=2,
+    attention_size=5,
+    maxout_size=6,
+)
 ONE_WAY, BOTH_WAYS = {"bidirectional": False}, {"bidirectional": True}
 MODELS = {
-    "lstm": (Seq2SeqLSTM, ONE_WAY), "lstm, not reversed": (Seq2SeqLSTM, {"reverse_source": False}), "lstm, both ways": (Seq2SeqLSTM, BOTH_WAYS),
-    "gru": (Seq2SeqGRU, ONE_WAY), "gru, both ways": (Seq2SeqGRU, BOTH_WAYS),
-    "bahdanau": (Seq2SeqBahdanau, {"bidirectional": True, "reverse_source": False}), "bahdanau, one way": (Seq2SeqBahdanau, ONE_WAY),
-    "luong general": (Seq2SeqLuong, {}), "luong dot": (Seq2SeqLuong, {"score": "dot"}), "luong, both ways": (Seq2SeqLuong, BOTH_WAYS),
+    "lstm": (Seq2SeqLSTM, ONE_WAY),
+    "lstm, not reversed": (Seq2SeqLSTM, {"reverse_source": False}),
+    "lstm, both ways": (Seq2SeqLSTM, BOTH_WAYS),
+    "gru": (Seq2SeqGRU, ONE_WAY),
+    "gru, both ways": (Seq2SeqGRU, BOTH_WAYS),
+    "bahdanau": (Seq2SeqBahdanau, {"bidirectional": True, "reverse_source": False}),
+    "bahdanau, one way": (Seq2SeqBahdanau, ONE_WAY),
+    "luong general": (Seq2SeqLuong, {}),
+    "luong dot": (Seq2SeqLuong, {"score": "dot"}),
+    "luong, both ways": (Seq2SeqLuong, BOTH_WAYS),
     "luong without feeding": (Seq2SeqLuong, {"input_feeding": False}),
 }
 every_model = pytest.mark.parametrize("cls, choices", MODELS.values(), ids=MODELS)
@@ -59,22 +88,42 @@ def test_teacher_forcing_equals_stepwise(cls, choices):
     model, (source, target_in, mask) = build(cls, **choices), batch()
     logits = model(source, target_in, mask)
     assert logits.shape == (3, 5, 31)
-    torch.testing.assert_close(logits, step_by_step(model, source, target_in, mask), rtol=0, atol=1e-10)
-    torch.testing.assert_close(logits, model(source, target_in, mask, torch.ones_like(target_in, dtype=torch.bool)))
+    torch.testing.assert_close(
+        logits, step_by_step(model, source, target_in, mask), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(
+        logits,
+        model(source, target_in, mask, torch.ones_like(target_in, dtype=torch.bool)),
+    )
 
 
 @every_model
 @settings(max_examples=6)
-@given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), extra=st.integers(0, 3), words=st.integers(1, 4), seed=st.integers(0, 99))
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    extra=st.integers(0, 3),
+    words=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
 def test_rows_and_padding(cls, choices, lengths, extra, words, seed):
     """A batch of one equals the row of a batch; more padding, and what stands in it, change nothing."""
-    model, (source, target_in, mask) = build(cls, **choices), batch(lengths, words, seed)
+    model, (source, target_in, mask) = (
+        build(cls, **choices),
+        batch(lengths, words, seed),
+    )
     logits = model(source, target_in, mask)
     for i, length in enumerate(lengths):
-        torch.testing.assert_close(model(source[i:i + 1, :length], target_in[i:i + 1])[0], logits[i], rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            model(source[i : i + 1, :length], target_in[i : i + 1])[0],
+            logits[i],
+            rtol=0,
+            atol=1e-10,
+        )
     wider = nn.functional.pad(source, (0, extra)), nn.functional.pad(mask, (0, extra))
     rubbish = torch.where(wider[1], wider[0], torch.randint(0, 23, wider[0].shape))
-    torch.testing.assert_close(model(rubbish, target_in, wider[1]), logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        model(rubbish, target_in, wider[1]), logits, rtol=0, atol=1e-10
+    )
 
 
 @every_model
@@ -83,21 +132,37 @@ def test_no_look_ahead(cls, choices):
     changed = target_in.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 31
     before, after = model(source, target_in, mask), model(source, changed, mask)
-    assert torch.equal(before[:, :3], after[:, :3]) and not torch.equal(before[:, 3], after[:, 3])
+    assert torch.equal(before[:, :3], after[:, :3]) and not torch.equal(
+        before[:, 3], after[:, 3]
+    )
 
 
 @every_model
 def test_every_parameter_learns(cls, choices):
     model, (source, target_in, mask) = build(cls, **choices), batch()
     model(source, target_in, mask).logsumexp(-1).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.any()
+        for p in model.parameters()
+    )
 
 
 def test_gradients():
-    model, (source, target_in, mask) = build(Seq2SeqBahdanau, num_hidden_layers=1, bidirectional=True), batch((3, 2), 2)
+    model, (source, target_in, mask) = (
+        build(Seq2SeqBahdanau, num_hidden_layers=1, bidirectional=True),
+        batch((3, 2), 2),
+    )
     names, values = zip(*model.named_parameters())
-    loss = lambda *p: torch.func.functional_call(model, dict(zip(names, p)), (source, target_in, mask)).logsumexp(-1).sum()
-    assert torch.autograd.gradcheck(loss, tuple(v.detach().requires_grad_() for v in values), fast_mode=True)
+    loss = lambda *p: (
+        torch.func.functional_call(
+            model, dict(zip(names, p)), (source, target_in, mask)
+        )
+        .logsumexp(-1)
+        .sum()
+    )
+    assert torch.autograd.gradcheck(
+        loss, tuple(v.detach().requires_grad_() for v in values), fast_mode=True
+    )
 
 
 @every_model
@@ -111,14 +176,30 @@ def test_generate(cls, choices):
         return logits[:, 0], state
 
     known = dict(batch_size=3, bos_id=1, eos_id=2, pad_id=0, max_new_tokens=7)
-    assert torch.equal(greedy, beam_search(step, model.encode(source, mask), num_beams=1, **known))
-    beam = model.generate(source, mask, max_new_tokens=7, num_beams=3, length_penalty=0.6)
+    assert torch.equal(
+        greedy, beam_search(step, model.encode(source, mask), num_beams=1, **known)
+    )
+    beam = model.generate(
+        source, mask, max_new_tokens=7, num_beams=3, length_penalty=0.6
+    )
     for i, length in enumerate((6, 4, 1)):
-        alone = model.generate(source[i:i + 1, :length], max_new_tokens=7, num_beams=3, length_penalty=0.6)[0]
-        assert torch.equal(beam[i, :len(alone)], alone) and not beam[i, len(alone):].any()
-    forced = model(source, torch.cat([torch.ones(3, 1, dtype=torch.long), greedy[:, :-1]], 1), mask).argmax(-1)
+        alone = model.generate(
+            source[i : i + 1, :length],
+            max_new_tokens=7,
+            num_beams=3,
+            length_penalty=0.6,
+        )[0]
+        assert (
+            torch.equal(beam[i, : len(alone)], alone)
+            and not beam[i, len(alone) :].any()
+        )
+    forced = model(
+        source, torch.cat([torch.ones(3, 1, dtype=torch.long), greedy[:, :-1]], 1), mask
+    ).argmax(-1)
     ended = ((greedy == 2).cumsum(1) - (greedy == 2).long()).bool()
-    assert torch.equal(forced.masked_fill(ended, 0), greedy)                     # what is written is what teacher forcing would choose
+    assert torch.equal(
+        forced.masked_fill(ended, 0), greedy
+    )  # what is written is what teacher forcing would choose
 
 
 def test_generate_stops():
@@ -130,16 +211,23 @@ def test_generate_stops():
         assert model.generate(source, mask, max_new_tokens=9).shape == (3, 9)
 
 
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), width=st.integers(0, 2))
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), width=st.integers(0, 2)
+)
 def test_reversal(lengths, width):
     """Only the real part is reversed, in ids and in features."""
     n = max(lengths) + width
     ids = torch.arange(1, 1 + len(lengths) * n).view(-1, n)
     mask = torch.arange(n) < torch.tensor(lengths)[:, None]
-    expected = torch.stack([torch.cat([row[:m].flip(0), row[m:]]) for row, m in zip(ids, lengths)])
+    expected = torch.stack(
+        [torch.cat([row[:m].flip(0), row[m:]]) for row, m in zip(ids, lengths)]
+    )
     assert torch.equal(reverse_words(ids, mask), expected)
     features = torch.randn(*ids.shape, 3)
-    assert torch.equal(reverse_words(features, mask)[0], torch.cat([features[0, :lengths[0]].flip(0), features[0, lengths[0]:]]))
+    assert torch.equal(
+        reverse_words(features, mask)[0],
+        torch.cat([features[0, : lengths[0]].flip(0), features[0, lengths[0] :]]),
+    )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -149,21 +237,32 @@ def test_outputs_stand_in_the_order_of_the_source(reverse):
     changed = source.clone()
     changed[0, 2] = 22 if source[0, 2] != 22 else 21
     same = (encoder(source, mask)[0] == encoder(changed, mask)[0]).all(-1)[0]
-    assert same.tolist() == ([False] * 3 + [True] * 3 if reverse else [True] * 2 + [False] * 4)
+    assert same.tolist() == (
+        [False] * 3 + [True] * 3 if reverse else [True] * 2 + [False] * 4
+    )
 
 
 def test_bidirectional_encoder_is_torchs():
-    encoder = Encoder(replace(SMALL, bidirectional=True, reverse_source=False), "lstm", 5).double()
+    encoder = Encoder(
+        replace(SMALL, bidirectional=True, reverse_source=False), "lstm", 5
+    ).double()
     reference = nn.LSTM(7, 5, 2, batch_first=True, bidirectional=True).double()
     reference.load_state_dict(encoder.recurrent.state_dict())
     source, _, mask = batch()
-    packed = nn.utils.rnn.pack_padded_sequence(encoder.embedding(source), mask.sum(1), batch_first=True)
+    packed = nn.utils.rnn.pack_padded_sequence(
+        encoder.embedding(source), mask.sum(1), batch_first=True
+    )
     outputs, (h, c) = reference(packed)
     outputs, _ = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True)
     mine, (my_h, my_c) = encoder(source, mask)
     torch.testing.assert_close(mine, outputs, rtol=0, atol=1e-12)
     for a, b in ((my_h, h), (my_c, c)):
-        torch.testing.assert_close(a, b.view(2, 2, 3, 5).permute(2, 0, 1, 3).reshape(3, 2, 10), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            a,
+            b.view(2, 2, 3, 5).permute(2, 0, 1, 3).reshape(3, 2, 10),
+            rtol=0,
+            atol=1e-12,
+        )
 
 
 def test_seq2seq_lstm_is_torchs():
@@ -174,15 +273,32 @@ def test_seq2seq_lstm_is_torchs():
     decoder.load_state_dict(model.decoder.state_dict())
     _, state = encoder(model.encoder.embedding(source.flip(1)))
     hidden, _ = decoder(model.embedding(target_in), state)
-    torch.testing.assert_close(model(source, target_in), model.output(hidden), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model(source, target_in), model.output(hidden), rtol=0, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("kind, cell, layers", [("gru", nn.GRU, 1), ("gru", nn.GRU, 3), ("lstm", nn.LSTM, 1), ("lstm", nn.LSTM, 2)])
+@pytest.mark.parametrize(
+    "kind, cell, layers",
+    [
+        ("gru", nn.GRU, 1),
+        ("gru", nn.GRU, 3),
+        ("lstm", nn.LSTM, 1),
+        ("lstm", nn.LSTM, 2),
+    ],
+)
 def test_feedback_recurrent_is_torchs(kind, cell, layers):
-    mine, reference = FeedbackRecurrent(kind, 4, 3, 6, layers).double(), cell(7, 6, layers, batch_first=True).double()
+    mine, reference = (
+        FeedbackRecurrent(kind, 4, 3, 6, layers).double(),
+        cell(7, 6, layers, batch_first=True).double(),
+    )
     reference.load_state_dict(mine.state_dict())
     words, feedback = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 3).double()
-    state, projected, outputs = (torch.zeros(2, layers, 6).double(),) * (2 if kind == "lstm" else 1), mine.project(words), []
+    state, projected, outputs = (
+        (torch.zeros(2, layers, 6).double(),) * (2 if kind == "lstm" else 1),
+        mine.project(words),
+        [],
+    )
     for t in range(5):
         state = mine.step(projected[:, t], feedback[:, t], state)
         outputs.append(state[0][:, -1])
@@ -198,8 +314,15 @@ def test_additive_weights_against_the_equation():
     W, U, v = attend.query.weight, attend.key.weight, attend.score.weight[0]
     for b, length in enumerate((7, 4)):
         for i in range(3):
-            e = torch.stack([v @ torch.tanh(W @ q[b, 0, i] + U @ memory[b, j]) for j in range(length)])
-            torch.testing.assert_close(weights[b, 0, i, :length], e.exp() / e.exp().sum(), rtol=0, atol=1e-12)
+            e = torch.stack(
+                [
+                    v @ torch.tanh(W @ q[b, 0, i] + U @ memory[b, j])
+                    for j in range(length)
+                ]
+            )
+            torch.testing.assert_close(
+                weights[b, 0, i, :length], e.exp() / e.exp().sum(), rtol=0, atol=1e-12
+            )
             assert not weights[b, 0, i, length:].any()
 
 
@@ -209,8 +332,12 @@ def test_product_weights_against_the_equation(score):
     h, memory = torch.randn(4).double(), torch.randn(6, 4).double()
     W = attend.key.weight if score == "general" else torch.eye(4).double()
     e = torch.stack([h @ W @ m for m in memory])
-    torch.testing.assert_close(attend.weights(h[None, None, None], attend.key(memory)[None, None]).flatten(), e.exp() / e.exp().sum(),
-                               rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        attend.weights(h[None, None, None], attend.key(memory)[None, None]).flatten(),
+        e.exp() / e.exp().sum(),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("cls", [Seq2SeqBahdanau, Seq2SeqLuong])
@@ -230,7 +357,9 @@ def test_attention_starts_uniform():
     model, (source, target_in, mask) = Seq2SeqBahdanau(SMALL), batch()
     with record_attention(model) as maps:
         model(source, target_in, mask)
-    torch.testing.assert_close(maps["attend"][:, 0, 2], mask / mask.sum(1, keepdim=True))
+    torch.testing.assert_close(
+        maps["attend"][:, 0, 2], mask / mask.sum(1, keepdim=True)
+    )
 
 
 def test_counts():
@@ -238,12 +367,22 @@ def test_counts():
     names = list_models("seq2seq*")
     assert names == ["seq2seq_bahdanau", "seq2seq_gru", "seq2seq_lstm", "seq2seq_luong"]
     for name in names:
-        assert count_parameters(create_model(name, device="meta")) == model_info(name).parameters
+        assert (
+            count_parameters(create_model(name, device="meta"))
+            == model_info(name).parameters
+        )
     assert model_info("seq2seq_lstm").parameters == 384_000_000 + 2 * 32_000 + 80_000
     gru = lambda i, h: 3 * h * (i + h + 2)
     assert model_info("seq2seq_bahdanau").parameters == (
-        2 * 30_000 * 620 + 2 * gru(620, 1000) + gru(620 + 2000, 1000) + 1000 * 1000 + 1000
-        + 1000 * (1000 + 2000 + 1) + (1000 + 620 + 2000 + 1) * 1000 + 501 * 30_000)
+        2 * 30_000 * 620
+        + 2 * gru(620, 1000)
+        + gru(620 + 2000, 1000)
+        + 1000 * 1000
+        + 1000
+        + 1000 * (1000 + 2000 + 1)
+        + (1000 + 620 + 2000 + 1) * 1000
+        + 501 * 30_000
+    )
 
 
 def test_names():
@@ -255,11 +394,15 @@ def test_names():
 
 
 def test_recipe():
-    assert PAPER.lr(1) == PAPER.lr(5 * 93_750) == 0.7 and PAPER.lr(5 * 93_750 + 1) == 0.35
+    assert (
+        PAPER.lr(1) == PAPER.lr(5 * 93_750) == 0.7 and PAPER.lr(5 * 93_750 + 1) == 0.35
+    )
     assert PAPER.max_steps == 703_125 and PAPER.lr(PAPER.max_steps) == 0.7 / 2**5
 
 
-@pytest.mark.parametrize("name", ["seq2seq_lstm", "seq2seq_gru", "seq2seq_bahdanau", "seq2seq_luong"])
+@pytest.mark.parametrize(
+    "name", ["seq2seq_lstm", "seq2seq_gru", "seq2seq_bahdanau", "seq2seq_luong"]
+)
 def test_other_device(name):
     from attn_notes.zoo.devices import check_model
 
@@ -269,19 +412,31 @@ def test_other_device(name):
 @pytest.mark.parametrize("name", ["lstm", "gru", "bahdanau", "luong general"])
 def test_export(name):
     cls, choices = MODELS[name]
-    model, (source, target_in, mask) = build(cls, dtype=torch.float32, num_hidden_layers=1, **choices), batch((4, 3), 2)
+    model, (source, target_in, mask) = (
+        build(cls, dtype=torch.float32, num_hidden_layers=1, **choices),
+        batch((4, 3), 2),
+    )
     exported = torch.export.export(model, (source, target_in, mask)).module()
-    torch.testing.assert_close(exported(source, target_in, mask), model(source, target_in, mask))
+    torch.testing.assert_close(
+        exported(source, target_in, mask), model(source, target_in, mask)
+    )
 
 
-@pytest.mark.no_shapes                                                # the shape checks would fix the batch
+@pytest.mark.no_shapes  # the shape checks would fix the batch
 @pytest.mark.parametrize("name", ["lstm", "luong general"])
 def test_export_keeps_the_batch_open(name):
     cls, choices = MODELS[name]
-    model, inputs = build(cls, dtype=torch.float32, num_hidden_layers=1, **choices), batch((4, 3), 2)
+    model, inputs = (
+        build(cls, dtype=torch.float32, num_hidden_layers=1, **choices),
+        batch((4, 3), 2),
+    )
     rows = torch.export.Dim("rows", min=2, max=64)
-    exported = torch.export.export(model, inputs, dynamic_shapes=({0: rows},) * 3).module()
-    torch.testing.assert_close(exported(*batch((4, 2, 1), 2)), model(*batch((4, 2, 1), 2)))
+    exported = torch.export.export(
+        model, inputs, dynamic_shapes=({0: rows},) * 3
+    ).module()
+    torch.testing.assert_close(
+        exported(*batch((4, 2, 1), 2)), model(*batch((4, 2, 1), 2))
+    )
 
 
 @every_model
@@ -294,11 +449,19 @@ def test_bfloat16_autocast(cls, choices):
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("wrong", [
-    dict(source=torch.zeros(2, 3)), dict(source=torch.ones(3, dtype=torch.long)), dict(source=torch.ones(0, 3, dtype=torch.long)),
-    dict(target_in=torch.ones(3, 2, dtype=torch.long)), dict(target_in=torch.ones(2, 0, dtype=torch.long)),
-    dict(source_mask=torch.ones(2, 4, dtype=torch.bool)), dict(source_mask=torch.ones(2, 3)), dict(target_mask=torch.ones(2, 3, dtype=torch.bool)),
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(source=torch.zeros(2, 3)),
+        dict(source=torch.ones(3, dtype=torch.long)),
+        dict(source=torch.ones(0, 3, dtype=torch.long)),
+        dict(target_in=torch.ones(3, 2, dtype=torch.long)),
+        dict(target_in=torch.ones(2, 0, dtype=torch.long)),
+        dict(source_mask=torch.ones(2, 4, dtype=torch.bool)),
+        dict(source_mask=torch.ones(2, 3)),
+        dict(target_mask=torch.ones(2, 3, dtype=torch.bool)),
+    ],
+)
 def test_bad_input(wrong):
     ones = lambda n: torch.ones(2, n, dtype=torch.long)
     with pytest.raises(InputError, match=next(iter(wrong)).split("_")[0]) as error:
@@ -307,17 +470,36 @@ def test_bad_input(wrong):
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("source, options", [
-    (torch.full((2, 3), 23), {}), (torch.full((2, 3), -1), {}), (torch.zeros(2, 3), {}), (torch.ones(2, 3, dtype=torch.long), {"max_new_tokens": 0}),
-    (torch.ones(2, 3, dtype=torch.long), {"num_beams": 0}), (torch.ones(2, 3, dtype=torch.long), {"source_mask": torch.zeros(2, 3, dtype=torch.bool)}),
-])
+@pytest.mark.parametrize(
+    "source, options",
+    [
+        (torch.full((2, 3), 23), {}),
+        (torch.full((2, 3), -1), {}),
+        (torch.zeros(2, 3), {}),
+        (torch.ones(2, 3, dtype=torch.long), {"max_new_tokens": 0}),
+        (torch.ones(2, 3, dtype=torch.long), {"num_beams": 0}),
+        (
+            torch.ones(2, 3, dtype=torch.long),
+            {"source_mask": torch.zeros(2, 3, dtype=torch.bool)},
+        ),
+    ],
+)
 def test_bad_input_to_generate(source, options):
     with pytest.raises(InputError):
         build(Seq2SeqLSTM).generate(source, **options)
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("choice", [{"hidden_size": 0}, {"dropout": 1.0}, {"score": "cosine"}, {"num_hidden_layers": -1}, {"source_vocab_size": 2.5}])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"hidden_size": 0},
+        {"dropout": 1.0},
+        {"score": "cosine"},
+        {"num_hidden_layers": -1},
+        {"source_vocab_size": 2.5},
+    ],
+)
 def test_bad_config(choice):
     with pytest.raises(ConfigError, match=next(iter(choice))):
         replace(SMALL, **choice)
@@ -338,7 +520,10 @@ def test_the_shipped_model_translates():
     assert (folder / "model.safetensors").stat().st_size < 2_000_000
     model, task = create_model("seq2seq_bahdanau", pretrained=True), load_task(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert task.predict(model, ["3 days ago", "Sunday, December 16, 2040"]) == ["il y a 3 jours", "dimanche 16 décembre 2040"]
+    assert task.predict(model, ["3 days ago", "Sunday, December 16, 2040"]) == [
+        "il y a 3 jours",
+        "dimanche 16 décembre 2040",
+    ]
 
 
 @every_model
@@ -350,11 +535,16 @@ def test_own_words(cls, choices):
     target_in[:, 0] = 1
     given = {"source": source, "source_mask": mask, "target_in": target_in}
     own = torch.zeros_like(target_in, dtype=torch.bool)
-    torch.testing.assert_close(own_words_logits(model, given, own), model(source, target_in, mask), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        own_words_logits(model, given, own),
+        model(source, target_in, mask),
+        rtol=0,
+        atol=1e-10,
+    )
     free = own_words_logits(model, given, ~own).argmax(-1)
     greedy = model.generate(source, mask, max_new_tokens=5)
     before_end = ((greedy == 2).cumsum(1) - (greedy == 2).long()) == 0
-    assert torch.equal(free[:, :greedy.shape[1]][before_end], greedy[before_end])
+    assert torch.equal(free[:, : greedy.shape[1]][before_end], greedy[before_end])
 
 
 def test_summary_in_the_first_step_only():
@@ -362,6 +552,10 @@ def test_summary_in_the_first_step_only():
 
     inputs = batch()
     cho, once = build(Seq2SeqGRU), build(FirstStepOnly)
-    assert count_parameters(cho) == count_parameters(once) and not torch.equal(cho(*inputs), once(*inputs))
+    assert count_parameters(cho) == count_parameters(once) and not torch.equal(
+        cho(*inputs), once(*inputs)
+    )
     state = once.encode(inputs[0], inputs[2])
-    assert not state["summary"].any() and torch.equal(state["recurrent"][0], cho.encode(inputs[0], inputs[2])["recurrent"][0])
+    assert not state["summary"].any() and torch.equal(
+        state["recurrent"][0], cho.encode(inputs[0], inputs[2])["recurrent"][0]
+    )

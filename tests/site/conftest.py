@@ -1,4 +1,5 @@
 """A real browser on the committed site. A reader without Chromium skips these tests; continuous integration fails without."""
+
 import os
 import shutil
 import sys
@@ -9,8 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools" / "site")]
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-         "--disable-sync --disable-dev-shm-usage").split()
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --disable-dev-shm-usage"
+).split()
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +29,11 @@ def address():
 
 @pytest.fixture(scope="session")
 def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not chromium:
         reason = "no Chromium on this machine (Debian: apt-get install chromium)"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
@@ -44,16 +51,38 @@ def open_page(browser, address):
     contexts = []
 
     def open_page(name, width=1280, theme="light", path=None):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=theme
+        )
         contexts.append(context)
         page = context.new_page()
         page.problems = []
-        page.on("console", lambda message: message.type in ("error", "warning") and page.problems.append(f"console: {message.text}"))
+        page.on(
+            "console",
+            lambda message: (
+                message.type in ("error", "warning")
+                and page.problems.append(f"console: {message.text}")
+            ),
+        )
         page.on("pageerror", lambda error: page.problems.append(f"script: {error}"))
-        page.on("request", lambda request: request.url.startswith((address, "data:", "blob:")) or page.problems.append(f"leaves: {request.url}"))
-        page.on("response", lambda response: response.status >= 400 and page.problems.append(f"{response.status}: {response.url}"))
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith((address, "data:", "blob:"))
+                or page.problems.append(f"leaves: {request.url}")
+            ),
+        )
+        page.on(
+            "response",
+            lambda response: (
+                response.status >= 400
+                and page.problems.append(f"{response.status}: {response.url}")
+            ),
+        )
         page.goto(address + name, wait_until="load")
-        page.wait_for_function("!window.MathJax || !window.MathJax.startup || window.MathJax.startup.document && MathJax.startup.promise.then(() => true)")
+        page.wait_for_function(
+            "!window.MathJax || !window.MathJax.startup || window.MathJax.startup.document && MathJax.startup.promise.then(() => true)"
+        )
         return page
 
     yield open_page

@@ -1,10 +1,10 @@
 """The committed pages in a real browser: what a reader would see and do, on a desk and on a phone, by day and by night."""
+
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
 
 import pytest
-
 from book import ROOT, notebook_paths, read_book
 
 DOCS = ROOT / "docs"
@@ -60,7 +60,12 @@ def test_no_page_asks_another_machine(pages):
     assert not list(DOCS.rglob("*.map"))
     for page in PAGES:
         text = (DOCS / page).read_text(encoding="utf-8")
-        for tag in ("<script src=\"http", "<link rel=\"stylesheet\" href=\"http", "<img src=\"http", "@import url(http"):
+        for tag in (
+            '<script src="http',
+            '<link rel="stylesheet" href="http',
+            '<img src="http',
+            "@import url(http",
+        ):
             assert tag not in text, f"{page}: {tag}"
         if not settings["DEFAULT"].get("git_url"):
             assert "colab.research.google.com" not in text, page
@@ -78,7 +83,13 @@ def overflow(page) -> list[str]:
         if (document.documentElement.scrollWidth <= W) return [];
         return [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > W + 1)
             .map(e => e.tagName + '.' + e.className + ' ' + (e.textContent || '').slice(0, 60)).slice(0, 5);
-    }""") or ([] if page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth") else ["the page scrolls sideways"])
+    }""") or (
+        []
+        if page.evaluate(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )
+        else ["the page scrolls sideways"]
+    )
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -88,8 +99,15 @@ def test_page(name, open_page):
     page.wait_for_timeout(100)
     formulas = page.evaluate("document.querySelectorAll('.math').length")
     if formulas:
-        page.wait_for_function("document.querySelectorAll('.math mjx-container svg').length >= document.querySelectorAll('.math').length")
-    assert page.evaluate("document.querySelectorAll('mjx-container [data-mjx-error], mjx-merror').length") == 0
+        page.wait_for_function(
+            "document.querySelectorAll('.math mjx-container svg').length >= document.querySelectorAll('.math').length"
+        )
+    assert (
+        page.evaluate(
+            "document.querySelectorAll('mjx-container [data-mjx-error], mjx-merror').length"
+        )
+        == 0
+    )
     unloaded = page.evaluate("""async () => {
         const images = [...document.images];
         images.forEach(i => { i.loading = 'eager'; });
@@ -105,22 +123,36 @@ def test_page(name, open_page):
 
 
 def luminance(colour: str) -> float:
-    red, green, blue = (float(part) for part in colour[colour.index("(") + 1:-1].split(",")[:3])
+    red, green, blue = (
+        float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]
+    )
     return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
 
 
 @pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("name", [CHAPTERS[0], "claims.html", "models.html", "search.html"])
+@pytest.mark.parametrize(
+    "name", [CHAPTERS[0], "claims.html", "models.html", "search.html"]
+)
 def test_theme(name, theme, open_page):
     """Text and page are dark on light or light on dark, with contrast; pictures stand on a light card either way."""
     page = open_page(name, theme=theme)
-    ink, paper = page.evaluate("(() => { const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]; })()")
+    ink, paper = page.evaluate(
+        "(() => { const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]; })()"
+    )
     difference = luminance(paper) - luminance(ink)
     assert difference > 0.6 if theme == "light" else difference < -0.6
-    for card in page.evaluate("[...document.querySelectorAll('.cell_output img')].map(i => getComputedStyle(i).backgroundColor)"):
+    for card in page.evaluate(
+        "[...document.querySelectorAll('.cell_output img')].map(i => getComputedStyle(i).backgroundColor)"
+    ):
         assert luminance(card) > 0.9
-    for code in page.evaluate("[...document.querySelectorAll('.highlight')].slice(0, 5).map(e => getComputedStyle(e).backgroundColor)"):
-        assert luminance(code) > 0.9 if theme == "light" else luminance(code) < 0.2 or code.endswith(", 0)")
+    for code in page.evaluate(
+        "[...document.querySelectorAll('.highlight')].slice(0, 5).map(e => getComputedStyle(e).backgroundColor)"
+    ):
+        assert (
+            luminance(code) > 0.9
+            if theme == "light"
+            else luminance(code) < 0.2 or code.endswith(", 0)")
+        )
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -171,4 +203,6 @@ def test_a_chapter_has_its_parts(open_page):
 
 @pytest.mark.parametrize("path", notebook_paths(ROOT / "nbs"), ids=lambda p: p.stem)
 def test_download_is_the_notebook(path):
-    assert (DOCS / "_sources" / path.relative_to(ROOT / "nbs")).read_bytes() == path.read_bytes()
+    assert (
+        DOCS / "_sources" / path.relative_to(ROOT / "nbs")
+    ).read_bytes() == path.read_bytes()

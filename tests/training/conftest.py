@@ -1,4 +1,5 @@
 """The toy task of these tests is a module beside them, since the processes that they start import it too."""
+
 import sys
 from pathlib import Path
 

@@ -3,6 +3,7 @@
 Prints a JSON object {moment: {"killed": signal, "step": of the checkpoint found, "digest": of the weights at the end, "steps": in metrics.jsonl}}.
 Each run is a fork of this process, which has only imported torch and not yet computed with it.
 """
+
 import hashlib
 import json
 import os
@@ -12,14 +13,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import accelerate.utils  # noqa: F401  (what a run imports is imported once, before the forks)
+import accelerate.utils
 import torch
-import torch._dynamo  # noqa: F401
-import torch.utils.tensorboard  # noqa: F401
-
-from attn_notes.training import checkpoints, loop
+import torch._dynamo
+import torch.utils.tensorboard
 from training_toy import RECIPE, Toy, toy_model
 
+from attn_notes.training import checkpoints, loop
 
 AVERAGING = replace(RECIPE, ema_decay=None, average_last=3, average_every=2)
 
@@ -45,6 +45,7 @@ def dying(function, call: int, before: bool = True):
         if n == call:
             die()
         return result
+
     return wrapped
 
 
@@ -56,11 +57,13 @@ def half_a_file(save, call: int):
         if next(calls) != call:
             return save(state, file)
         import io
+
         whole = io.BytesIO()
         save(state, whole)
-        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
         file.flush()
         die()
+
     return wrapped
 
 
@@ -74,6 +77,7 @@ def half_a_line(record, call: int):
         self.metrics.write(b'{"step": 99, "lo')
         self.metrics.flush()
         die()
+
     return wrapped
 
 
@@ -105,6 +109,7 @@ def in_fork(work, *arguments) -> int:
             code = 0
         except BaseException:
             import traceback
+
             traceback.print_exc()
             code = 1
         os._exit(code)
@@ -125,7 +130,9 @@ def resumed_run(folder: Path, moment: str) -> None:
 
 
 def digest(model) -> str:
-    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(p.numpy().tobytes() for p in model.state_dict().values())
+    ).hexdigest()
 
 
 def killed_from_outside(folder: Path, lines: int) -> int:
@@ -134,7 +141,10 @@ def killed_from_outside(folder: Path, lines: int) -> int:
     if pid == 0:
         first_run(folder, "")
         os._exit(0)
-    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_bytes().count(b"\n") < lines:
+    while (
+        not (folder / "metrics.jsonl").exists()
+        or (folder / "metrics.jsonl").read_bytes().count(b"\n") < lines
+    ):
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
     return os.WTERMSIG(os.waitpid(pid, 0)[1])
@@ -145,12 +155,28 @@ def main(root: Path, moments: list[str]) -> None:
     found = {}
     for i, moment in enumerate(moments):
         folder = root / str(i)
-        killed = killed_from_outside(folder, 4) if moment == "from outside" else in_fork(first_run, folder, moment)
-        in_fork(lambda: (folder / "step").write_text(str(torch.load(folder / "checkpoint.pt", weights_only=True)["step"])))
+        killed = (
+            killed_from_outside(folder, 4)
+            if moment == "from outside"
+            else in_fork(first_run, folder, moment)
+        )
+        in_fork(
+            lambda: (folder / "step").write_text(
+                str(torch.load(folder / "checkpoint.pt", weights_only=True)["step"])
+            )
+        )
         in_fork(resumed_run, folder, moment)
-        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        found[moment] = {"killed": killed, "step": int((folder / "step").read_text()), "digest": (folder / "digest").read_text(),
-                         "steps": steps, "parts": [p.name for p in folder.iterdir() if p.name.endswith(".part")]}
+        steps = [
+            json.loads(line)["step"]
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        found[moment] = {
+            "killed": killed,
+            "step": int((folder / "step").read_text()),
+            "digest": (folder / "digest").read_text(),
+            "steps": steps,
+            "parts": [p.name for p in folder.iterdir() if p.name.endswith(".part")],
+        }
     print(json.dumps(found))
 
 

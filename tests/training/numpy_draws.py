@@ -1,4 +1,5 @@
 """An experiment that other processes can import."""
+
 import numpy as np
 
 

@@ -10,12 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from training_toy import RECIPE, Toy, ToyModel, toy_model
 
 from attn_notes.foundations.checks import CheckpointError, ConfigError, InputError
-from attn_notes.training.checkpoints import atomic_write, load_checkpoint, save_checkpoint
+from attn_notes.training.checkpoints import (
+    atomic_write,
+    load_checkpoint,
+    save_checkpoint,
+)
 from attn_notes.training.loop import check_batch, train
 from attn_notes.training.recipes import Recipe
-from training_toy import RECIPE, Toy, ToyModel, toy_model
 
 SHORT = replace(RECIPE, max_steps=6)
 
@@ -26,11 +30,16 @@ def run(recipe=SHORT, task=None, dropout=0.0, **options):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_equals_a_loop_by_hand():
@@ -54,18 +63,38 @@ def test_equals_a_loop_by_hand():
 
 @pytest.mark.parametrize("average_over", ["tokens", "sequences"])
 def test_accumulated_batches_are_one_batch(average_over):
-    whole = replace(SHORT, batch_size=12, average_over=average_over, optimizer="sgd", learning_rate=0.1)      # an epoch: 5 batches of 12, 10 of 6
+    whole = replace(
+        SHORT,
+        batch_size=12,
+        average_over=average_over,
+        optimizer="sgd",
+        learning_rate=0.1,
+    )  # an epoch: 5 batches of 12, 10 of 6
     a, history_a = run(whole)
     b, history_b = run(replace(whole, batch_size=6, accumulate=2))
-    assert [r["loss"] for r in history_b] == pytest.approx([r["loss"] for r in history_a], abs=1e-5)
+    assert [r["loss"] for r in history_b] == pytest.approx(
+        [r["loss"] for r in history_a], abs=1e-5
+    )
     for x, y in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
 def test_average_over_sequences_scales_the_gradient_by_the_mean_length():
-    task, recipe = Toy(), Recipe(optimizer="sgd", learning_rate=0.1, max_steps=1, batch_size=8)
+    task, recipe = (
+        Toy(),
+        Recipe(optimizer="sgd", learning_rate=0.1, max_steps=1, batch_size=8),
+    )
     start = toy_model(0.0)
-    moved = [[b - a for a, b in zip(start.parameters(), run(replace(recipe, average_over=over))[0].parameters())] for over in ("tokens", "sequences")]
+    moved = [
+        [
+            b - a
+            for a, b in zip(
+                start.parameters(),
+                run(replace(recipe, average_over=over))[0].parameters(),
+            )
+        ]
+        for over in ("tokens", "sequences")
+    ]
     batch = next(task.train_batches(recipe, 0))
     length = (batch["target_out"] != 0).sum() / 8
     for a, b in zip(*moved):
@@ -75,7 +104,11 @@ def test_average_over_sequences_scales_the_gradient_by_the_mean_length():
 def test_clipping_bounds_the_norm_of_the_mean_gradient_and_keeps_its_direction():
     recipe = Recipe(optimizer="sgd", learning_rate=1.0, max_steps=1, batch_size=8)
     start = nn.utils.parameters_to_vector(toy_model(0.0).parameters())
-    free, clipped, loose = (nn.utils.parameters_to_vector(run(replace(recipe, clip_norm=c))[0].parameters()) - start for c in (None, 0.05, 1e3))
+    free, clipped, loose = (
+        nn.utils.parameters_to_vector(run(replace(recipe, clip_norm=c))[0].parameters())
+        - start
+        for c in (None, 0.05, 1e3)
+    )
     assert clipped.norm().item() == pytest.approx(0.05, rel=1e-3) and free.norm() > 0.05
     assert torch.cosine_similarity(free, clipped, 0) > 0.9999
     torch.testing.assert_close(free, loose)
@@ -85,7 +118,7 @@ def test_average_of_weights():
     recipe = replace(SHORT, ema_decay=0.5, optimizer="sgd", learning_rate=0.1)
     averaged, history = run(recipe)
     expected = None
-    for steps in range(1, 7):                                              # the schedule is the whole run's
+    for steps in range(1, 7):  # the schedule is the whole run's
         model = toy_model(0.0)
         task, optimizer = Toy(), torch.optim.SGD(model.parameters(), lr=0.1)
         for step, batch in zip(range(1, steps + 1), task.train_batches(recipe, 0)):
@@ -97,8 +130,15 @@ def test_average_of_weights():
             optimizer.zero_grad()
         now = nn.utils.parameters_to_vector(model.parameters()).detach()
         expected = now if expected is None else 0.5 * expected + 0.5 * now
-    torch.testing.assert_close(nn.utils.parameters_to_vector(averaged.parameters()).detach(), expected, rtol=0, atol=1e-5)
-    assert history[-1]["valid_loss"] == pytest.approx(Toy().evaluate(averaged)["loss"], abs=1e-5)
+    torch.testing.assert_close(
+        nn.utils.parameters_to_vector(averaged.parameters()).detach(),
+        expected,
+        rtol=0,
+        atol=1e-5,
+    )
+    assert history[-1]["valid_loss"] == pytest.approx(
+        Toy().evaluate(averaged)["loss"], abs=1e-5
+    )
 
 
 class Watching(Toy):
@@ -109,7 +149,9 @@ class Watching(Toy):
         self.seen = []
 
     def evaluate(self, model):
-        self.seen.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+        self.seen.append(
+            nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        )
         return super().evaluate(model)
 
 
@@ -117,13 +159,29 @@ def test_mean_of_the_last_weights():
     plain, averaged = Watching(), Watching()
     recipe = replace(RECIPE, ema_decay=None, evaluate_every=1)
     run(recipe, plain, dropout=0.2)
-    model, history = run(replace(recipe, average_last=3, average_every=2), averaged, dropout=0.2)
+    model, history = run(
+        replace(recipe, average_last=3, average_every=2), averaged, dropout=0.2
+    )
     after = dict(enumerate(plain.seen, start=1))
-    means = {step: torch.stack([after[s] for s in (8, 10, 12) if s <= step]).mean(0) for step in range(8, 13)}
-    for step, seen in enumerate(averaged.seen, start=1):                    # before the first of the three: the weights themselves
-        torch.testing.assert_close(seen, means.get(step, after[step]), rtol=0, atol=1e-6 if step >= 8 else 0)
-    torch.testing.assert_close(nn.utils.parameters_to_vector(model.parameters()).detach(), means[12], rtol=0, atol=1e-6)
-    assert (after[12] - means[12]).abs().max() > 1e-3 and history[-1]["valid_loss"] == Toy().evaluate(model)["loss"]
+    means = {
+        step: torch.stack([after[s] for s in (8, 10, 12) if s <= step]).mean(0)
+        for step in range(8, 13)
+    }
+    for step, seen in enumerate(
+        averaged.seen, start=1
+    ):  # before the first of the three: the weights themselves
+        torch.testing.assert_close(
+            seen, means.get(step, after[step]), rtol=0, atol=1e-6 if step >= 8 else 0
+        )
+    torch.testing.assert_close(
+        nn.utils.parameters_to_vector(model.parameters()).detach(),
+        means[12],
+        rtol=0,
+        atol=1e-6,
+    )
+    assert (after[12] - means[12]).abs().max() > 1e-3 and history[-1][
+        "valid_loss"
+    ] == Toy().evaluate(model)["loss"]
     last, _ = run(replace(recipe, average_last=1), dropout=0.2)
     assert torch.equal(nn.utils.parameters_to_vector(last.parameters()), after[12])
 
@@ -141,11 +199,17 @@ def test_an_interrupted_mean_goes_on(tmp_path, at):
 def test_bf16_trains_and_leaves_the_model_as_it_was():
     full, _ = run()
     model, history = run(replace(SHORT, precision="bf16"))
-    assert "forward" not in vars(model) and "_original_forward" not in vars(model) and not model.training
+    assert (
+        "forward" not in vars(model)
+        and "_original_forward" not in vars(model)
+        and not model.training
+    )
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in run()[1]], rel=0.02)
+    assert [r["loss"] for r in history] == pytest.approx(
+        [r["loss"] for r in run()[1]], rel=0.02
+    )
     assert not same(full, model)
-    assert same(full, run()[0])                                            # the next run has full precision again
+    assert same(full, run()[0])  # the next run has full precision again
 
 
 def test_history_metrics_and_tensorboard(tmp_path):
@@ -154,10 +218,15 @@ def test_history_metrics_and_tensorboard(tmp_path):
     assert [row["step"] for row in history] == list(range(1, 7))
     steps, values = history.curve("valid_loss")
     assert steps == [5, 6] and all(map(math.isfinite, values))
-    assert [row["seconds"] for row in history] == sorted(row["seconds"] for row in history)
+    assert [row["seconds"] for row in history] == sorted(
+        row["seconds"] for row in history
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("loss")] == list(range(1, 7)) and [e.step for e in events.Scalars("valid_loss")] == [5, 6]
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 7)) and [
+        e.step for e in events.Scalars("valid_loss")
+    ] == [5, 6]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
@@ -166,6 +235,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
 
 
 # breaking off and going on, in one process (test_resume.py kills processes)
+
 
 @pytest.fixture(autouse=True)
 def ctrl_c_acts():
@@ -190,22 +260,32 @@ class Stopping(Toy):
         return super().loss(model, batch, recipe)
 
 
-@pytest.mark.parametrize("at", [1, 4, 8, 9])                               # 8 is the last batch of an epoch
+@pytest.mark.parametrize("at", [1, 4, 8, 9])  # 8 is the last batch of an epoch
 def test_interrupted_run_resumes_to_the_same_weights(tmp_path, at):
     before = signal.getsignal(signal.SIGINT)
     whole, _ = run(RECIPE, dropout=0.2)
     with pytest.raises(KeyboardInterrupt, match=f"stopped after step {at}"):
         run(RECIPE, Stopping(at), dropout=0.2, output_dir=tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.jsonl", "tensorboard"]
-    torch.manual_seed(99)                                                  # neither the caller's random state
-    model = ToyModel(0.2)                                                  # nor the new model's weights matter
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+    torch.manual_seed(99)  # neither the caller's random state
+    model = ToyModel(0.2)  # nor the new model's weights matter
     history = train(model, Toy(), RECIPE, tmp_path, resume=True, progress=False)
     assert same(model, whole)
-    assert [row["step"] for row in history] == [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    assert (
+        [row["step"] for row in history]
+        == [row["step"] for row in rows(tmp_path)]
+        == list(range(1, 13))
+    )
 
 
-def test_resuming_skips_to_its_place_in_the_data_and_a_finished_run_does_nothing(tmp_path):
+def test_resuming_skips_to_its_place_in_the_data_and_a_finished_run_does_nothing(
+    tmp_path,
+):
     with pytest.raises(KeyboardInterrupt):
         run(RECIPE, Stopping(3), output_dir=tmp_path)
     model, history = run(RECIPE, output_dir=tmp_path, resume=True)
@@ -218,7 +298,9 @@ def test_the_second_ctrl_c_acts_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt) as caught:
         run(RECIPE, Stopping(5, times=2), output_dir=tmp_path)
     assert not str(caught.value)
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3        # the last regular one
+    assert (
+        load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    )  # the last regular one
     assert not list(tmp_path.glob(".*"))
     model, _ = run(RECIPE, output_dir=tmp_path, resume=True)
     assert same(model, run(RECIPE)[0])
@@ -241,16 +323,26 @@ def test_tensorboard_has_no_step_twice(tmp_path):
     class Dying(Toy):
         def evaluate(self, model):
             raise MemoryError
+
     with pytest.raises(MemoryError):
-        run(RECIPE, Dying(), output_dir=tmp_path)                          # at step 5; the checkpoint is of step 3
+        run(
+            RECIPE, Dying(), output_dir=tmp_path
+        )  # at step 5; the checkpoint is of step 3
     assert len(rows(tmp_path)) == 4
     run(RECIPE, output_dir=tmp_path, resume=True)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    assert [e.step for e in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")] == list(range(1, 13))
+
+    assert [
+        e.step
+        for e in EventAccumulator(str(tmp_path / "tensorboard"))
+        .Reload()
+        .Scalars("loss")
+    ] == list(range(1, 13))
 
 
 # what is refused
+
 
 class Untouched(Toy):
     def train_batches(self, *_, **__):
@@ -259,33 +351,74 @@ class Untouched(Toy):
 
 def refused(error, said, recipe=SHORT, model=None, task=None, **options):
     with pytest.raises(error, match=said) as caught:
-        train(model or toy_model(), task or Untouched(), recipe, progress=False, **options)
+        train(
+            model or toy_model(), task or Untouched(), recipe, progress=False, **options
+        )
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.no_shapes
 def test_refuses_folders_and_checkpoints(tmp_path):
     (tmp_path / "file").write_text("")
-    refused(ConfigError, "can not be written: File exists", output_dir=tmp_path / "file")
-    refused(ConfigError, "can not be written: Not a directory", output_dir=tmp_path / "file" / "run")
+    refused(
+        ConfigError, "can not be written: File exists", output_dir=tmp_path / "file"
+    )
+    refused(
+        ConfigError,
+        "can not be written: Not a directory",
+        output_dir=tmp_path / "file" / "run",
+    )
     refused(ConfigError, "needs the output_dir", resume=True)
-    refused(CheckpointError, "nothing to resume", output_dir=tmp_path / "new", resume=True)
+    refused(
+        CheckpointError, "nothing to resume", output_dir=tmp_path / "new", resume=True
+    )
     assert not (tmp_path / "new").exists()
     run(output_dir=tmp_path / "run")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    before = {
+        p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()
+    }
     refused(ConfigError, "holds a run already", output_dir=tmp_path / "run")
-    refused(CheckpointError, "another recipe: max_steps 6 then, 7 now; seed 3 then, 4 now", replace(SHORT, max_steps=7, seed=4), output_dir=tmp_path / "run", resume=True)
-    refused(CheckpointError, "of another model", model=ToyModel(width=8), output_dir=tmp_path / "run", resume=True)
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    refused(
+        CheckpointError,
+        "another recipe: max_steps 6 then, 7 now; seed 3 then, 4 now",
+        replace(SHORT, max_steps=7, seed=4),
+        output_dir=tmp_path / "run",
+        resume=True,
+    )
+    refused(
+        CheckpointError,
+        "of another model",
+        model=ToyModel(width=8),
+        output_dir=tmp_path / "run",
+        resume=True,
+    )
+    assert before == {
+        p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()
+    }
     whole = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     for content in (b"", whole[:100], whole[:-300], b"not a checkpoint"):
         (tmp_path / "run" / "checkpoint.pt").write_bytes(content)
-        refused(CheckpointError, "not a readable checkpoint", output_dir=tmp_path / "run", resume=True)
+        refused(
+            CheckpointError,
+            "not a readable checkpoint",
+            output_dir=tmp_path / "run",
+            resume=True,
+        )
     save_checkpoint(tmp_path / "run" / "checkpoint.pt", {"weights": torch.ones(2)})
-    refused(CheckpointError, "not a checkpoint of a run", output_dir=tmp_path / "run", resume=True)
+    refused(
+        CheckpointError,
+        "not a checkpoint of a run",
+        output_dir=tmp_path / "run",
+        resume=True,
+    )
     (tmp_path / "run" / "checkpoint.pt").write_bytes(whole)
     (tmp_path / "run" / "metrics.jsonl").write_bytes(before["metrics.jsonl"][:50])
-    refused(CheckpointError, "shorter than its checkpoint", output_dir=tmp_path / "run", resume=True)
+    refused(
+        CheckpointError,
+        "shorter than its checkpoint",
+        output_dir=tmp_path / "run",
+        resume=True,
+    )
 
 
 @pytest.mark.no_shapes
@@ -296,7 +429,9 @@ def test_ids_are_checked_where_one_vocabulary_serves_both_languages():
 
     for name in ("source", "target_in", "target_out", "input_ids"):
         check_batch({name: torch.tensor([[4]])}, Config())
-        with pytest.raises(InputError, match=f"{name}: expected ids from 0 to 4; got 5"):
+        with pytest.raises(
+            InputError, match=f"{name}: expected ids from 0 to 4; got 5"
+        ):
             check_batch({name: torch.tensor([[5]])}, Config())
 
 
@@ -305,8 +440,11 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
     class Code:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
+
     torch.save({"step": Code()}, tmp_path / "checkpoint.pt")
-    refused(CheckpointError, "not a readable checkpoint", output_dir=tmp_path, resume=True)
+    refused(
+        CheckpointError, "not a readable checkpoint", output_dir=tmp_path, resume=True
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -323,8 +461,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             loss, count = super().loss(model, batch, recipe)
             self.calls = getattr(self, "calls", 0) + 1
             return loss * (math.nan if self.calls == 5 else 1), count
-    refused(ConfigError, "the loss became nan at step 5", RECIPE, model=toy_model(0.0), task=Exploding(), output_dir=tmp_path)
-    assert len(rows(tmp_path)) == 4 and load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+
+    refused(
+        ConfigError,
+        "the loss became nan at step 5",
+        RECIPE,
+        model=toy_model(0.0),
+        task=Exploding(),
+        output_dir=tmp_path,
+    )
+    assert (
+        len(rows(tmp_path)) == 4
+        and load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    )
     assert same(run(RECIPE, output_dir=tmp_path, resume=True)[0], run(RECIPE)[0])
 
 
@@ -336,15 +485,31 @@ def test_refuses_tasks_without_batches_or_tokens():
 
     class Silent(Toy):
         def loss(self, model, batch, recipe):
-            return super().loss(model, {**batch, "target_out": torch.zeros_like(batch["target_out"])}, recipe)
+            return super().loss(
+                model,
+                {**batch, "target_out": torch.zeros_like(batch["target_out"])},
+                recipe,
+            )
+
     refused(InputError, "no training batch in epoch 0", task=Empty())
     refused(InputError, "no token to predict", task=Silent())
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("change, said", [(("source", lambda x: x + 100), "source: expected ids from 0 to 11"), (("source", lambda x: x - 1), "source: expected ids from 0"),
-                                          (("target_out", lambda x: x * 9), "target_out: expected ids"), (("source_mask", lambda x: x & False), "source_mask: expected at least one True"),
-                                          (("source", lambda x: x[:0]), "source: expected at least one row"), (("extra", lambda x: torch.tensor([[math.inf]])), "extra: expected finite")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (("source", lambda x: x + 100), "source: expected ids from 0 to 11"),
+        (("source", lambda x: x - 1), "source: expected ids from 0"),
+        (("target_out", lambda x: x * 9), "target_out: expected ids"),
+        (
+            ("source_mask", lambda x: x & False),
+            "source_mask: expected at least one True",
+        ),
+        (("source", lambda x: x[:0]), "source: expected at least one row"),
+        (("extra", lambda x: torch.tensor([[math.inf]])), "extra: expected finite"),
+    ],
+)
 def test_refuses_values_at_the_edge(change, said):
     name, change = change
 
@@ -352,15 +517,23 @@ def test_refuses_values_at_the_edge(change, said):
         def train_batches(self, *arguments):
             for batch in super().train_batches(*arguments):
                 yield {**batch, name: change(batch.get(name))}
+
     refused(InputError, said, task=Wrong())
 
 
 def test_good_batches_pass():
     check_batch(next(Toy().train_batches(SHORT, 0)), ToyModel.config)
-    check_batch({"input_ids": torch.tensor([[500]]), "image": torch.zeros(1, 3, 2, 2), "label": torch.tensor([-100])})
+    check_batch(
+        {
+            "input_ids": torch.tensor([[500]]),
+            "image": torch.zeros(1, 3, 2, 2),
+            "label": torch.tensor([-100]),
+        }
+    )
 
 
 # checkpoints
+
 
 def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path):
     save_checkpoint(tmp_path / "c", {"step": 1})
@@ -368,7 +541,9 @@ def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path):
         with atomic_write(tmp_path / "c") as file:
             file.write(b"half")
             raise KeyboardInterrupt
-    assert load_checkpoint(tmp_path / "c") == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert load_checkpoint(tmp_path / "c") == {"step": 1} and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["c"]
 
 
 @pytest.mark.slow

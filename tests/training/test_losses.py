@@ -8,7 +8,13 @@ from attn_notes.foundations.checks import ConfigError
 from attn_notes.training.losses import smoothing_of_others, token_cross_entropy
 
 
-@given(b=st.integers(1, 4), m=st.integers(1, 6), v=st.integers(2, 9), eps=st.sampled_from([0.0, 0.1, 0.5]), seed=st.integers(0, 99))
+@given(
+    b=st.integers(1, 4),
+    m=st.integers(1, 6),
+    v=st.integers(2, 9),
+    eps=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 99),
+)
 def test_equals_its_definition(b, m, v, eps, seed):
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(b, m, v, generator=random, dtype=torch.float64)
@@ -20,12 +26,20 @@ def test_equals_its_definition(b, m, v, eps, seed):
     assert torch.allclose(loss, each[target != 0].sum())
 
 
-@given(b=st.integers(1, 4), m=st.integers(1, 6), v=st.integers(2, 9), eps=st.sampled_from([0.0, 0.1, 0.5]), seed=st.integers(0, 99))
+@given(
+    b=st.integers(1, 4),
+    m=st.integers(1, 6),
+    v=st.integers(2, 9),
+    eps=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 99),
+)
 def test_smoothing_over_the_others_equals_its_definition(b, m, v, eps, seed):
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(b, m, v, generator=random, dtype=torch.float64)
     target = torch.randint(v, (b, m), generator=random)
-    loss, _ = token_cross_entropy(logits, target, label_smoothing=smoothing_of_others(eps, v))
+    loss, _ = token_cross_entropy(
+        logits, target, label_smoothing=smoothing_of_others(eps, v)
+    )
     q = torch.full_like(logits, eps / (v - 1)).scatter(-1, target[..., None], 1 - eps)
     each = -(q * logits.log_softmax(-1)).sum(-1)
     assert torch.allclose(loss, each[target != 0].sum())
@@ -41,9 +55,15 @@ def test_shares_that_can_not_be(eps, v):
 def test_sums_and_counts_of_parts_add_up():
     torch.manual_seed(0)
     logits, target = torch.randn(6, 5, 8), torch.randint(8, (6, 5))
-    parts = [token_cross_entropy(z, y, label_smoothing=0.1) for z, y in zip(logits.split(2), target.split(2))]
+    parts = [
+        token_cross_entropy(z, y, label_smoothing=0.1)
+        for z, y in zip(logits.split(2), target.split(2))
+    ]
     whole = token_cross_entropy(logits, target, label_smoothing=0.1)
-    assert torch.allclose(sum(p[0] for p in parts), whole[0]) and sum(p[1] for p in parts) == whole[1]
+    assert (
+        torch.allclose(sum(p[0] for p in parts), whole[0])
+        and sum(p[1] for p in parts) == whole[1]
+    )
 
 
 def test_padding_has_no_gradient_and_a_batch_of_padding_no_loss():

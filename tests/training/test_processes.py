@@ -1,4 +1,5 @@
 """Two processes under torchrun compute what one computes."""
+
 import json
 import subprocess
 import sys
@@ -13,13 +14,21 @@ SCRIPT = str(Path(__file__).parent / "two_processes.py")
 def runs(tmp_path_factory):
     """What one process found, and what two found."""
     found = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+    for launcher in (
+        [],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    ):
         folder = tmp_path_factory.mktemp("run")
-        process = subprocess.Popen([sys.executable, *launcher, SCRIPT, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [sys.executable, *launcher, SCRIPT, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         try:
             said, _ = process.communicate(timeout=300)
         finally:
-            process.terminate()                                            # torchrun then ends its processes too
+            process.terminate()  # torchrun then ends its processes too
         assert process.returncode == 0, said
         found.append(json.loads((folder / "found.json").read_text()))
     return found

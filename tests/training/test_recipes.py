@@ -11,7 +11,14 @@ from torch import nn
 
 from attn_notes.foundations.checks import ConfigError
 from attn_notes.training.recipes import Recipe, make_optimizer
-from attn_notes.training.schedules import SCHEDULES, constant, cosine, inverse_square_root, seq2seq_halving, step_decay
+from attn_notes.training.schedules import (
+    SCHEDULES,
+    constant,
+    cosine,
+    inverse_square_root,
+    seq2seq_halving,
+    step_decay,
+)
 
 
 @given(d=st.integers(1, 2048), w=st.integers(1, 9000), step=st.integers(1, 99_999))
@@ -27,7 +34,9 @@ def test_cosine(steps, share, floor):
     warmup = int(steps * share)
     factor = cosine(steps, warmup, floor)
     values = [factor(s) for s in range(max(1, warmup), steps + 1)]
-    assert values == sorted(values, reverse=True) and math.isclose(values[-1], floor, abs_tol=1e-12)
+    assert values == sorted(values, reverse=True) and math.isclose(
+        values[-1], floor, abs_tol=1e-12
+    )
     assert factor(steps + 5) == pytest.approx(floor)
     if warmup:
         assert factor(warmup) == 1 and factor(1) == 1 / warmup
@@ -47,43 +56,110 @@ def test_seq2seq_halving(per_epoch):
     factor = seq2seq_halving(per_epoch)
     assert all(factor(s) == 1 for s in range(1, 5 * per_epoch + 1))
     assert factor(5 * per_epoch + 1) == 0.5
-    assert factor(7 * per_epoch + 1) == 1 / 32                             # the last half epoch of 7.5
+    assert factor(7 * per_epoch + 1) == 1 / 32  # the last half epoch of 7.5
 
 
 def test_step_decay_and_constant():
     factor = step_decay([3, 5], 0.1, warmup_steps=2)
-    assert [round(factor(s), 6) for s in range(1, 8)] == [0.5, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [round(factor(s), 6) for s in range(1, 8)] == [
+        0.5,
+        1,
+        1,
+        0.1,
+        0.1,
+        0.01,
+        0.01,
+    ]
     assert [constant(4)(s) for s in (1, 4, 9)] == [0.25, 1, 1] and constant()(1) == 1
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("make, options", [(constant, dict(warmup_steps=-1)), (inverse_square_root, dict(d_model=0, warmup_steps=1)), (inverse_square_root, dict(d_model=8, warmup_steps=0)),
-                                           (cosine, dict(max_steps=5, warmup_steps=5)), (cosine, dict(max_steps=5, floor=2)), (step_decay, dict(milestones=[5, 3])),
-                                           (step_decay, dict(milestones=[])), (step_decay, dict(milestones=[5], decay=0)), (seq2seq_halving, dict(steps_per_epoch=0))])
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (constant, dict(warmup_steps=-1)),
+        (inverse_square_root, dict(d_model=0, warmup_steps=1)),
+        (inverse_square_root, dict(d_model=8, warmup_steps=0)),
+        (cosine, dict(max_steps=5, warmup_steps=5)),
+        (cosine, dict(max_steps=5, floor=2)),
+        (step_decay, dict(milestones=[5, 3])),
+        (step_decay, dict(milestones=[])),
+        (step_decay, dict(milestones=[5], decay=0)),
+        (seq2seq_halving, dict(steps_per_epoch=0)),
+    ],
+)
 def test_schedules_refuse(make, options):
     with pytest.raises(ConfigError, match="schedule: expected"):
         make(**options)
 
 
-BAD = [dict(optimizer="lion"), dict(learning_rate=0), dict(learning_rate=math.nan), dict(learning_rate="1e-3"), dict(betas=(0.9, 1.0)), dict(betas=0.9), dict(eps=-1),
-       dict(momentum=1), dict(weight_decay=-0.1), dict(schedule="plateau"), dict(warmup_steps=-1), dict(warmup_steps=1.5), dict(max_steps=0), dict(batch_size=0), dict(batch_size=None),
-       dict(max_tokens=0), dict(accumulate=0), dict(average_over="words"), dict(clip_norm=0), dict(clip_norm=math.nan), dict(label_smoothing=-0.1), dict(ema_decay=1), dict(precision="fp8"),
-       dict(average_last=0), dict(average_last=2.5), dict(average_every=0), dict(average_every=None), dict(seed=-1), dict(evaluate_every=0), dict(checkpoint_every=-5), dict(optimizer=["adam"])]
+BAD = [
+    dict(optimizer="lion"),
+    dict(learning_rate=0),
+    dict(learning_rate=math.nan),
+    dict(learning_rate="1e-3"),
+    dict(betas=(0.9, 1.0)),
+    dict(betas=0.9),
+    dict(eps=-1),
+    dict(momentum=1),
+    dict(weight_decay=-0.1),
+    dict(schedule="plateau"),
+    dict(warmup_steps=-1),
+    dict(warmup_steps=1.5),
+    dict(max_steps=0),
+    dict(batch_size=0),
+    dict(batch_size=None),
+    dict(max_tokens=0),
+    dict(accumulate=0),
+    dict(average_over="words"),
+    dict(clip_norm=0),
+    dict(clip_norm=math.nan),
+    dict(label_smoothing=-0.1),
+    dict(ema_decay=1),
+    dict(precision="fp8"),
+    dict(average_last=0),
+    dict(average_last=2.5),
+    dict(average_every=0),
+    dict(average_every=None),
+    dict(seed=-1),
+    dict(evaluate_every=0),
+    dict(checkpoint_every=-5),
+    dict(optimizer=["adam"]),
+]
 
 
 @pytest.mark.no_shapes
 @pytest.mark.parametrize("fields", BAD, ids=str)
 def test_recipes_refuse(fields):
-    name, = fields
-    with pytest.raises(ConfigError, match=f"recipe: {name} should be .*, got") as caught:
+    (name,) = fields
+    with pytest.raises(
+        ConfigError, match=f"recipe: {name} should be .*, got"
+    ) as caught:
         Recipe(**fields)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("fields, said", [(dict(schedule="inverse_square_root", warmup_steps=4), "takes the options"), (dict(schedule="seq2seq_halving", schedule_options={"steps_per_epoch": 5}, warmup_steps=3), "no warm-up"),
-                                          (dict(schedule_options={"milestones": [1]}), "takes the options"), (dict(schedule="cosine", schedule_options={"max_steps": 5}), "takes the options"),
-                                          (dict(schedule="cosine", max_steps=5, warmup_steps=5), "warmup_steps from 0")])
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        (dict(schedule="inverse_square_root", warmup_steps=4), "takes the options"),
+        (
+            dict(
+                schedule="seq2seq_halving",
+                schedule_options={"steps_per_epoch": 5},
+                warmup_steps=3,
+            ),
+            "no warm-up",
+        ),
+        (dict(schedule_options={"milestones": [1]}), "takes the options"),
+        (
+            dict(schedule="cosine", schedule_options={"max_steps": 5}),
+            "takes the options",
+        ),
+        (dict(schedule="cosine", max_steps=5, warmup_steps=5), "warmup_steps from 0"),
+    ],
+)
 def test_schedule_options_must_fit(fields, said):
     with pytest.raises(ConfigError, match=said):
         Recipe(**fields)
@@ -92,37 +168,73 @@ def test_schedule_options_must_fit(fields, said):
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 20))
 def test_the_steps_of_an_average(steps, last, every):
     if (last - 1) * every >= steps:
-        with pytest.raises(ConfigError, match=f"steps back, expected fewer than max_steps={steps}"):
+        with pytest.raises(
+            ConfigError, match=f"steps back, expected fewer than max_steps={steps}"
+        ):
             Recipe(max_steps=steps, average_last=last, average_every=every)
     else:
         recipe = Recipe(max_steps=steps, average_last=last, average_every=every)
-        assert [s for s in range(1, steps + 1) if recipe.averages(s)] == sorted(steps - i * every for i in range(last))
-    assert all(Recipe(max_steps=steps, ema_decay=0.0).averages(s) and not Recipe(max_steps=steps).averages(s) for s in range(1, steps + 1))
+        assert [s for s in range(1, steps + 1) if recipe.averages(s)] == sorted(
+            steps - i * every for i in range(last)
+        )
+    assert all(
+        Recipe(max_steps=steps, ema_decay=0.0).averages(s)
+        and not Recipe(max_steps=steps).averages(s)
+        for s in range(1, steps + 1)
+    )
 
 
 def test_two_averages_exclude_each_other():
-    with pytest.raises(ConfigError, match="average_last and ema_decay are two averages"):
+    with pytest.raises(
+        ConfigError, match="average_last and ema_decay are two averages"
+    ):
         Recipe(average_last=1, ema_decay=0.0)
 
 
 def test_a_recipe_is_plain_data():
-    recipe = Recipe(schedule="inverse_square_root", schedule_options={"d_model": 64}, warmup_steps=10, max_tokens=100)
+    recipe = Recipe(
+        schedule="inverse_square_root",
+        schedule_options={"d_model": 64},
+        warmup_steps=10,
+        max_tokens=100,
+    )
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     assert json.loads(json.dumps(asdict(recipe)))["schedule_options"] == {"d_model": 64}
     assert replace(recipe, seed=1).lr(10) == pytest.approx((64 * 10) ** -0.5 * 1e-3)
 
 
 def test_every_schedule_has_a_recipe():
-    options = {"inverse_square_root": {"d_model": 8}, "step_decay": {"milestones": [2]}, "seq2seq_halving": {"steps_per_epoch": 3}}
+    options = {
+        "inverse_square_root": {"d_model": 8},
+        "step_decay": {"milestones": [2]},
+        "seq2seq_halving": {"steps_per_epoch": 3},
+    }
     for name in SCHEDULES:
-        recipe = Recipe(schedule=name, schedule_options=options.get(name, {}), warmup_steps=4 if name == "inverse_square_root" else 0, max_steps=10)
+        recipe = Recipe(
+            schedule=name,
+            schedule_options=options.get(name, {}),
+            warmup_steps=4 if name == "inverse_square_root" else 0,
+            max_steps=10,
+        )
         assert all(0 <= recipe.lr(s) <= recipe.learning_rate for s in range(1, 11))
 
 
-@pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("adam", torch.optim.Adam),
+        ("adamw", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+    ],
+)
 def test_optimizer_spares_vectors_and_frozen_parameters(name, kind):
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model[1].bias.requires_grad = False
-    optimizer = make_optimizer(model.parameters(), Recipe(optimizer=name, weight_decay=0.1))
+    optimizer = make_optimizer(
+        model.parameters(), Recipe(optimizer=name, weight_decay=0.1)
+    )
     assert type(optimizer) is kind
-    assert [(g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in optimizer.param_groups] == [(0.1, [(2, 3)]), (0.0, [(2,), (2,)])]
+    assert [
+        (g["weight_decay"], [tuple(p.shape) for p in g["params"]])
+        for g in optimizer.param_groups
+    ] == [(0.1, [(2, 3)]), (0.0, [(2,), (2,)])]

@@ -1,4 +1,5 @@
 """A run that is killed goes on as if it had not been."""
+
 import json
 import signal
 import subprocess
@@ -6,19 +7,34 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from training_toy import RECIPE
 
 HERE = Path(__file__).parent
 # the moment a run is killed, and the step of the checkpoint it must leave
-MOMENTS = {"in a forward pass": 6, "between gradient and update": 3, "half a checkpoint": 6, "before the rename": 3, "after the rename": 9,
-           "half a line": 6, "while evaluating": 9, "": 12, "while evaluating, averaging": 9, ", averaging": 12}
+MOMENTS = {
+    "in a forward pass": 6,
+    "between gradient and update": 3,
+    "half a checkpoint": 6,
+    "before the rename": 3,
+    "after the rename": 9,
+    "half a line": 6,
+    "while evaluating": 9,
+    "": 12,
+    "while evaluating, averaging": 9,
+    ", averaging": 12,
+}
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """What became of the runs that killed_runs.py killed."""
-    command = [sys.executable, str(HERE / "killed_runs.py"), str(tmp_path_factory.mktemp("killed")), *MOMENTS, "from outside"]
+    command = [
+        sys.executable,
+        str(HERE / "killed_runs.py"),
+        str(tmp_path_factory.mktemp("killed")),
+        *MOMENTS,
+        "from outside",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

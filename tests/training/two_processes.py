@@ -2,6 +2,7 @@
 
 Losses of each recipe; then a run with dropout that Ctrl-C in the last process stops and that is resumed, against the unbroken run.
 """
+
 import hashlib
 import json
 import signal
@@ -9,16 +10,21 @@ import sys
 from dataclasses import replace
 
 import torch
-
-from attn_notes.training.loop import train
 from training_toy import RECIPE, Toy, toy_model
 
-RECIPES = {"tokens": RECIPE, "accumulated": replace(RECIPE, accumulate=3, max_steps=6), "sequences": replace(RECIPE, average_over="sequences"),
-           "sgd": replace(RECIPE, optimizer="sgd", learning_rate=0.5, ema_decay=None)}
+from attn_notes.training.loop import train
+
+RECIPES = {
+    "tokens": RECIPE,
+    "accumulated": replace(RECIPE, accumulate=3, max_steps=6),
+    "sequences": replace(RECIPE, average_over="sequences"),
+    "sgd": replace(RECIPE, optimizer="sgd", learning_rate=0.5, ema_decay=None),
+}
 
 
 class Stopped(Toy):
     """Ctrl-C in one process only, in its fifth step."""
+
     calls = 0
 
     def loss(self, model, batch, recipe):
@@ -33,13 +39,18 @@ class Stopped(Toy):
 
 
 def digest(model) -> str:
-    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(p.numpy().tobytes() for p in model.state_dict().values())
+    ).hexdigest()
 
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     found = {}
-    for name, recipe in RECIPES.items():                                 # 57 rows: the last batch of an epoch has a single row
+    for (
+        name,
+        recipe,
+    ) in RECIPES.items():  # 57 rows: the last batch of an epoch has a single row
         model = toy_model(dropout=0.0)
         history = train(model, Toy(57), recipe, progress=False)
         found[name] = [row["loss"] for row in history] + history.curve("valid_loss")[1]
@@ -50,10 +61,16 @@ def main(folder: str) -> None:
         train(broken, Stopped(57), RECIPE, f"{folder}/broken", progress=False)
     except KeyboardInterrupt as interrupt:
         found["stopped"] = str(interrupt)
-    history = train(broken, Toy(57), RECIPE, f"{folder}/broken", resume=True, progress=False)
-    found["steps"], found["same"] = [row["step"] for row in history], digest(broken) == digest(unbroken)
+    history = train(
+        broken, Toy(57), RECIPE, f"{folder}/broken", resume=True, progress=False
+    )
+    found["steps"], found["same"] = (
+        [row["step"] for row in history],
+        digest(broken) == digest(unbroken),
+    )
 
     from accelerate import PartialState
+
     found["world"] = PartialState().num_processes
     if PartialState().is_main_process:
         with open(f"{folder}/found.json", "w") as file:

@@ -1,4 +1,5 @@
 """A toy to put through the zoo, registered for the length of one test: tied weights, a head of num_classes, a buffer."""
+
 from dataclasses import dataclass
 
 import pytest
@@ -18,7 +19,11 @@ class ToyConfig:
     widths: tuple[int, ...] = (4, 5)
 
     def __post_init__(self):
-        check_positive(vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_classes=self.num_classes)
+        check_positive(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_classes=self.num_classes,
+        )
 
 
 class Toy(nn.Module, PretrainedMixin):
@@ -46,8 +51,12 @@ class OtherToy(Toy):
     pass
 
 
-ELSEWHERE = Layout("elsewhere", recognise=lambda keys: "emb.w" in keys,
-                   rename=((r"^emb\.w$", "embedding.weight"), (r"^fc\.", "head.")), auxiliary=("pooler.*",))
+ELSEWHERE = Layout(
+    "elsewhere",
+    recognise=lambda keys: "emb.w" in keys,
+    rename=((r"^emb\.w$", "embedding.weight"), (r"^fc\.", "head.")),
+    auxiliary=("pooler.*",),
+)
 
 
 @pytest.fixture
@@ -55,9 +64,19 @@ def toy(monkeypatch):
     """The names toy, toy_wide and other_toy, and nothing of the book."""
     monkeypatch.setattr(registry, "_MODELS", {})
     monkeypatch.setattr(registry, "MODEL_MODULES", [])
-    known = dict(paper="nobody", chapter="none", task="classification", layouts=(ELSEWHERE,), tiny={"hidden_size": 2})
-    registry.register_model("toy", ToyConfig(), parameters=87, figures={"accuracy": 0.5}, **known)(Toy)
-    registry.register_model("toy_wide", ToyConfig(hidden_size=12), parameters=171, **known)(Toy)
+    known = dict(
+        paper="nobody",
+        chapter="none",
+        task="classification",
+        layouts=(ELSEWHERE,),
+        tiny={"hidden_size": 2},
+    )
+    registry.register_model(
+        "toy", ToyConfig(), parameters=87, figures={"accuracy": 0.5}, **known
+    )(Toy)
+    registry.register_model(
+        "toy_wide", ToyConfig(hidden_size=12), parameters=171, **known
+    )(Toy)
     registry.register_model("other_toy", ToyConfig(), parameters=87, **known)(OtherToy)
     torch.manual_seed(0)
     return Toy

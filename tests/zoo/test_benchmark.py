@@ -1,10 +1,20 @@
 """Paired timing: the median and its interval, memory, and the pairs that are registered."""
+
 import pytest
 import torch
 
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.zoo import benchmark
-from attn_notes.zoo.benchmark import Benchmark, Paired, attention_pair, fixed_threads, list_pairs, paired, peak_memory, product_rate
+from attn_notes.zoo.benchmark import (
+    Benchmark,
+    Paired,
+    attention_pair,
+    fixed_threads,
+    list_pairs,
+    paired,
+    peak_memory,
+    product_rate,
+)
 
 
 class Clock:
@@ -16,16 +26,25 @@ class Clock:
 
     def work(self, *seconds):
         turns = iter(seconds * 10_000)
+
         def run():
             self.now += next(turns)
+
         return run
 
 
 def test_the_ratio_is_of_processor_time(monkeypatch):
     clock = Clock(monkeypatch)
     found = paired(clock.work(0.3), clock.work(0.1), rounds=10)
-    assert found.ratio == pytest.approx(3) and found.low == pytest.approx(3) and found.high == pytest.approx(3)
-    assert (found.seconds, found.reference_seconds) == (pytest.approx(0.3), pytest.approx(0.1))
+    assert (
+        found.ratio == pytest.approx(3)
+        and found.low == pytest.approx(3)
+        and found.high == pytest.approx(3)
+    )
+    assert (found.seconds, found.reference_seconds) == (
+        pytest.approx(0.3),
+        pytest.approx(0.1),
+    )
 
 
 def test_one_bad_round_moves_nothing(monkeypatch):
@@ -57,6 +76,7 @@ def test_memory_is_the_highest_level_and_not_the_sum():
     def twice():
         for _ in range(2):
             torch.ones(2**18)
+
     assert 2**20 <= peak_memory(twice) < 1.1 * 2**20
 
 
@@ -71,14 +91,24 @@ def test_threads_are_set_and_put_back():
 
 def test_a_verdict_allows_the_noise_and_no_more():
     def passed(ratio, memory):
-        return Benchmark("x", Paired(ratio, ratio, ratio, 1.0, 1.0), memory, 100, 0.5, 0.5).passed
-    assert passed(1.08, 100) and passed(0.5, 50) and not passed(1.09, 100) and not passed(0.5, 102)
+        return Benchmark(
+            "x", Paired(ratio, ratio, ratio, 1.0, 1.0), memory, 100, 0.5, 0.5
+        ).passed
+
+    assert (
+        passed(1.08, 100)
+        and passed(0.5, 50)
+        and not passed(1.09, 100)
+        and not passed(0.5, 102)
+    )
 
 
 @pytest.mark.slow
 def test_every_pair_computes_the_same_on_both_sides():
     assert "MultiHeadAttention vs torch.nn.MultiheadAttention" in list_pairs()
-    assert list_pairs(["multihead"]) == ["MultiHeadAttention vs torch.nn.MultiheadAttention"]
+    assert list_pairs(["multihead"]) == [
+        "MultiHeadAttention vs torch.nn.MultiheadAttention"
+    ]
     for title in list_pairs():
         ours, reference, flops = benchmark._PAIRS[title]()
         ours(), reference()
@@ -89,6 +119,9 @@ def test_the_attention_pair_counts_its_operations():
     from torch.utils.flop_counter import FlopCounterMode
 
     _, reference, flops = attention_pair(b=2, n=16, d=32, heads=4)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         reference()
     assert counter.get_total_flops() == flops

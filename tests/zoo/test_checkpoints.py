@@ -1,4 +1,5 @@
 """Weights on disk: round trips, layouts, every difference named, nothing half written, no code run."""
+
 import json
 import os
 import signal
@@ -16,7 +17,13 @@ from safetensors.torch import save_file
 
 import attn_notes as an
 from attn_notes.zoo import checkpoints
-from attn_notes.zoo.checkpoints import Layout, atomic_folder, fit_state, read_state_dict, save_weights
+from attn_notes.zoo.checkpoints import (
+    Layout,
+    atomic_folder,
+    fit_state,
+    read_state_dict,
+    save_weights,
+)
 
 KINDS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
@@ -45,6 +52,7 @@ def saved(toy, tmp_path):
 
 # what loads
 
+
 def test_round_trip_keeps_weights_sizes_and_ties(saved):
     model, folder = saved
     again = an.create_model("toy", pretrained=folder)
@@ -52,8 +60,12 @@ def test_round_trip_keeps_weights_sizes_and_ties(saved):
     assert again.config == model.config and again.config.widths == (4, 5)
     assert again.output.weight is again.embedding.weight
     assert same(type(model).from_pretrained(folder), model)
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    assert "create_model(\"toy\"" in (folder / "README.md").read_text()
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    assert 'create_model("toy"' in (folder / "README.md").read_text()
 
 
 def test_a_second_save_replaces_the_first_and_leaves_other_files(saved):
@@ -61,7 +73,10 @@ def test_a_second_save_replaces_the_first_and_leaves_other_files(saved):
     (folder / "task.json").write_text("{}")
     torch.nn.init.zeros_(model.head.weight)
     model.save_pretrained(folder)
-    assert same(an.create_model("toy", pretrained=str(folder)), model) and (folder / "task.json").read_text() == "{}"
+    assert (
+        same(an.create_model("toy", pretrained=str(folder)), model)
+        and (folder / "task.json").read_text() == "{}"
+    )
     assert [p.name for p in folder.parent.iterdir()] == ["saved"]
 
 
@@ -76,29 +91,48 @@ def test_single_files_of_every_kind_load(saved, kind, tmp_path):
 def test_weights_inside_a_training_checkpoint_load(saved, wrapper, tmp_path):
     model, _ = saved
     torch.save({wrapper: model.state_dict(), "epoch": 3}, tmp_path / "run.pth")
-    assert same(an.create_model("toy", pretrained=tmp_path / "run.pth", vocab_size=13), model)
+    assert same(
+        an.create_model("toy", pretrained=tmp_path / "run.pth", vocab_size=13), model
+    )
 
 
 def test_half_precision_files_fill_float_models_and_dtype_wins(saved, tmp_path):
     model, _ = saved
     model.half().save_pretrained(tmp_path / "half")
     again = an.create_model("toy", pretrained=tmp_path / "half")
-    assert again.head.weight.dtype == torch.float32 and torch.equal(again.head.weight, model.head.weight.float())
-    assert an.create_model("toy", pretrained=tmp_path / "half", dtype=torch.float64).scale.dtype == torch.float64
+    assert again.head.weight.dtype == torch.float32 and torch.equal(
+        again.head.weight, model.head.weight.float()
+    )
+    assert (
+        an.create_model(
+            "toy", pretrained=tmp_path / "half", dtype=torch.float64
+        ).scale.dtype
+        == torch.float64
+    )
 
 
 def test_the_folder_wins_over_the_name_and_overrides_win_over_both(saved):
     _, folder = saved
     assert an.create_model("toy", pretrained=folder).config.vocab_size == 13
-    with pytest.warns(an.CheckpointWarning, match="re-initialised.*head.weight, head.bias"):
-        assert an.create_model("toy", pretrained=folder, num_classes=9).head.out_features == 9
-    with pytest.raises(an.CheckpointError, match="misshapen: embedding.weight .13, 6. for .14, 6."):
+    with pytest.warns(
+        an.CheckpointWarning, match="re-initialised.*head.weight, head.bias"
+    ):
+        assert (
+            an.create_model("toy", pretrained=folder, num_classes=9).head.out_features
+            == 9
+        )
+    with pytest.raises(
+        an.CheckpointError, match="misshapen: embedding.weight .13, 6. for .14, 6."
+    ):
         an.create_model("toy", pretrained=folder, vocab_size=14)
 
 
 def test_fields_that_others_keep_in_config_json_are_left_aside(saved):
     model, folder = saved
-    config = json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float16", "transformers_version": "5.0"}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "torch_dtype": "float16",
+        "transformers_version": "5.0",
+    }
     config.pop("architecture")
     (folder / "config.json").write_text(json.dumps(config))
     assert same(an.create_model("toy", pretrained=folder), model)
@@ -107,25 +141,61 @@ def test_fields_that_others_keep_in_config_json_are_left_aside(saved):
 def test_another_layout_is_recognised_from_its_keys(toy, tmp_path):
     model = an.create_model("toy")
     own = model.state_dict()
-    theirs = {"emb.w": own["embedding.weight"], "fc.weight": own["head.weight"], "fc.bias": own["head.bias"], "scale": own["scale"]}
+    theirs = {
+        "emb.w": own["embedding.weight"],
+        "fc.weight": own["head.weight"],
+        "fc.bias": own["head.bias"],
+        "scale": own["scale"],
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert same(an.create_model("toy", pretrained=write(theirs, tmp_path / "theirs.pt")), model)
+        assert same(
+            an.create_model("toy", pretrained=write(theirs, tmp_path / "theirs.pt")),
+            model,
+        )
     theirs["pooler.weight"] = torch.ones(2, 2)
-    with pytest.warns(an.CheckpointWarning, match="skipped, not in this model: pooler.weight"):
-        assert same(an.create_model("toy", pretrained=write(theirs, tmp_path / "more.npz")), model)
+    with pytest.warns(
+        an.CheckpointWarning, match="skipped, not in this model: pooler.weight"
+    ):
+        assert same(
+            an.create_model("toy", pretrained=write(theirs, tmp_path / "more.npz")),
+            model,
+        )
 
 
 def test_keys_that_a_layout_never_holds_are_left_as_they_were(toy, recwarn):
-    layout = Layout("bare", recognise=lambda keys: "head.bias" in keys, absent=("embedding.*", "output.*"))
-    model, given = an.create_model("toy"), {"head.weight": torch.ones(3, 6), "head.bias": torch.ones(3), "scale": torch.ones(1)}
+    layout = Layout(
+        "bare",
+        recognise=lambda keys: "head.bias" in keys,
+        absent=("embedding.*", "output.*"),
+    )
+    model, given = (
+        an.create_model("toy"),
+        {
+            "head.weight": torch.ones(3, 6),
+            "head.bias": torch.ones(3),
+            "scale": torch.ones(1),
+        },
+    )
     before = model.embedding.weight.clone()
     fit_state(model, given, (layout,))
-    assert [str(w.message) for w in recwarn] == ["checkpoint: not in this layout, left as they were: embedding.weight, output.weight"]
-    assert torch.equal(model.embedding.weight, before) and (model.head.weight == 1).all() and model.scale == 1
+    assert [str(w.message) for w in recwarn] == [
+        "checkpoint: not in this layout, left as they were: embedding.weight, output.weight"
+    ]
+    assert (
+        torch.equal(model.embedding.weight, before)
+        and (model.head.weight == 1).all()
+        and model.scale == 1
+    )
     with pytest.raises(an.CheckpointError, match="1 missing: scale"):
-        fit_state(model, {key: value for key, value in given.items() if key != "scale"}, (layout,))
-    fit_state(model, {**given, "embedding.weight": torch.zeros(11, 6)}, (layout,))                # held after all
+        fit_state(
+            model,
+            {key: value for key, value in given.items() if key != "scale"},
+            (layout,),
+        )
+    fit_state(
+        model, {**given, "embedding.weight": torch.zeros(11, 6)}, (layout,)
+    )  # held after all
     assert not model.output.weight.any() and len(recwarn) == 1
     with pytest.raises(an.CheckpointError, match="missing: embedding.weight"):
         fit_state(model, given)
@@ -143,17 +213,29 @@ def test_a_hub_model_loads_from_what_the_hub_gives(saved, monkeypatch):
 
     model, folder = saved
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, allow_patterns: asked.append(repo) or str(folder))
-    assert same(an.create_model("toy", pretrained="somebody/toy-13"), model) and asked == ["somebody/toy-13"]
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, allow_patterns: asked.append(repo) or str(folder),
+    )
+    assert same(
+        an.create_model("toy", pretrained="somebody/toy-13"), model
+    ) and asked == ["somebody/toy-13"]
 
 
 def test_pushing_uploads_what_saving_writes(saved, monkeypatch):
     from huggingface_hub import HfApi
 
     seen = {}
+
     def upload(self, repo_id, folder_path, **more):
         seen[repo_id] = sorted(p.name for p in folder_path.iterdir())
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **more: type("Repo", (), {"repo_id": repo_id}))
+
+    monkeypatch.setattr(
+        HfApi,
+        "create_repo",
+        lambda self, repo_id, **more: type("Repo", (), {"repo_id": repo_id}),
+    )
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     saved[0].push_to_hub("somebody/toy")
     assert seen == {"somebody/toy": ["README.md", "config.json", "model.safetensors"]}
@@ -161,13 +243,20 @@ def test_pushing_uploads_what_saving_writes(saved, monkeypatch):
 
 def test_shipped_weights(saved, monkeypatch):
     model, folder = saved
-    monkeypatch.setattr(checkpoints, "weights_folder", lambda name: folder if name == "toy" else folder / name)
+    monkeypatch.setattr(
+        checkpoints,
+        "weights_folder",
+        lambda name: folder if name == "toy" else folder / name,
+    )
     assert same(an.create_model("toy", pretrained=True), model)
-    with pytest.raises(an.CheckpointError, match="ships no weights for toy_wide; it does for toy"):
+    with pytest.raises(
+        an.CheckpointError, match="ships no weights for toy_wide; it does for toy"
+    ):
         an.create_model("toy_wide", pretrained=True)
 
 
 # what does not
+
 
 def refuses(match, *args, **kwargs):
     with pytest.raises(an.CheckpointError, match=match) as caught:
@@ -180,7 +269,7 @@ def refuses(match, *args, **kwargs):
 def test_truncated_files(saved, kind, part, tmp_path):
     whole = write(saved[0].state_dict(), tmp_path / f"whole{kind}").read_bytes()
     cut = tmp_path / f"cut{kind}"
-    cut.write_bytes(whole[:int(part * len(whole))])
+    cut.write_bytes(whole[: int(part * len(whole))])
     refuses("cut short or not a", "toy", pretrained=cut, vocab_size=13)
 
 
@@ -217,27 +306,43 @@ def test_every_missing_unexpected_and_misshapen_key_is_listed(saved, tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(an.CheckpointError) as caught:
         fit_state(model, read_state_dict(path))
-    for said in ("1 missing: scale", "1 unexpected: extra.weight", "1 misshapen: head.weight (3, 9) for (3, 6)"):
+    for said in (
+        "1 missing: scale",
+        "1 unexpected: extra.weight",
+        "1 misshapen: head.weight (3, 9) for (3, 6)",
+    ):
         assert said in str(caught.value)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(before[key], value) for key, value in model.state_dict().items()
+    )
 
 
 def test_shared_weights_that_disagree_are_refused(saved, tmp_path):
     state = dict(saved[0].state_dict())
     state["output.weight"] = state["output.weight"] + 1
-    refuses("one tensor in this model and two in the file", "toy", pretrained=write(state, tmp_path / "untied.pt"), vocab_size=13)
+    refuses(
+        "one tensor in this model and two in the file",
+        "toy",
+        pretrained=write(state, tmp_path / "untied.pt"),
+        vocab_size=13,
+    )
 
 
 def test_another_models_checkpoint(saved, toy, tmp_path):
     refuses("holds a toy, not a other_toy", "other_toy", pretrained=saved[1])
     lstm = write(torch.nn.LSTM(3, 4).state_dict(), tmp_path / "lstm.safetensors")
     refuses("5 missing: .*4 unexpected: bias_hh_l0", "toy", pretrained=lstm)
-    with pytest.raises(an.CheckpointError, match="expected a folder saved from a OtherToy, it says 'toy'"):
+    with pytest.raises(
+        an.CheckpointError,
+        match="expected a folder saved from a OtherToy, it says 'toy'",
+    ):
         an.model_info("other_toy").model.from_pretrained(saved[1])
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("content", ["{", "[]", '{"hidden_size": 0}', '{"hidden_size": "six"}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"hidden_size": 0}', '{"hidden_size": "six"}']
+)
 def test_a_bad_config_json(saved, content):
     (saved[1] / "config.json").write_text(content)
     refuses("config.json", "toy", pretrained=saved[1])
@@ -272,13 +377,18 @@ def test_what_is_not_there(toy, tmp_path):
 
 # nothing half written
 
+
 def test_an_exception_while_writing_leaves_the_folder_as_it_was(saved, monkeypatch):
     model, folder = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    monkeypatch.setattr(checkpoints, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        checkpoints, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and len(list(folder.parent.iterdir())) == 1
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and len(
+        list(folder.parent.iterdir())
+    ) == 1
 
 
 @given(st.binary(max_size=300))
@@ -305,11 +415,15 @@ def test_a_kill_while_writing_leaves_the_folder_as_it_was(tmp_path):
             (part / "a").write_text("new")
             print("writing", flush=True)
             time.sleep(60)""")
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [(p.name, p.read_text()) for p in (tmp_path / "out").iterdir()] == [("a", "old")]
+    assert [(p.name, p.read_text()) for p in (tmp_path / "out").iterdir()] == [
+        ("a", "old")
+    ]
     with atomic_folder(tmp_path / "out") as part:
         (part / "a").write_text("new")
     assert (tmp_path / "out" / "a").read_text() == "new"

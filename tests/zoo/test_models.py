@@ -1,4 +1,5 @@
 """What holds for every registered model, whatever it is: size, devices, precisions, compilers, files."""
+
 import copy
 
 import pytest
@@ -7,7 +8,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import attn_notes as an
-from attn_notes.zoo.devices import STAND_IN, check_model, example_loss, fake_device, to_stand_in
+from attn_notes.zoo.devices import (
+    STAND_IN,
+    check_model,
+    example_loss,
+    fake_device,
+    to_stand_in,
+)
 from attn_notes.zoo.registry import count_parameters
 
 every_model = pytest.mark.parametrize("name", an.list_models())
@@ -18,16 +25,25 @@ def built(name):
     """The small size in evaluation mode, and inputs for it."""
     torch.manual_seed(0)
     tiny = an.model_info(name).tiny
-    return an.create_model(name, **tiny).eval(), an.example_inputs(name, batch_size=3, **tiny)
+    return an.create_model(name, **tiny).eval(), an.example_inputs(
+        name, batch_size=3, **tiny
+    )
 
 
 def leaves(outputs):
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return [
+        leaf
+        for leaf in tree_leaves(outputs)
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    ]
 
 
 def close(a, b, tolerance):
     a, b = leaves(a), leaves(b)
-    return len(a) == len(b) > 0 and all((x.float() - y.float()).norm() <= tolerance * y.float().norm() for x, y in zip(a, b))
+    return len(a) == len(b) > 0 and all(
+        (x.float() - y.float()).norm() <= tolerance * y.float().norm()
+        for x, y in zip(a, b)
+    )
 
 
 def step(name, model, inputs):
@@ -35,37 +51,62 @@ def step(name, model, inputs):
     model.zero_grad()
     outputs = model(*inputs)
     example_loss(an.model_info(name).task, outputs, inputs).backward()
-    return outputs, {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    return outputs, {
+        key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @every_model
 def test_the_parameter_count_is_the_registered_one(name):
-    assert count_parameters(an.create_model(name, device="meta")) == an.model_info(name).parameters
+    assert (
+        count_parameters(an.create_model(name, device="meta"))
+        == an.model_info(name).parameters
+    )
 
 
 @every_model
 def test_the_registration_is_complete(name):
     info = an.model_info(name)
-    assert info.paper and info.chapter and info.task and info.tiny and "tiny" in info.recipes
+    assert (
+        info.paper
+        and info.chapter
+        and info.task
+        and info.tiny
+        and "tiny" in info.recipes
+    )
     assert info.model.config_class is type(info.config)
-    assert count_parameters(an.create_model(name, device="meta", **info.tiny)) < 5_000_000
+    assert (
+        count_parameters(an.create_model(name, device="meta", **info.tiny)) < 5_000_000
+    )
 
 
 @every_model
 def test_it_runs_on_an_accelerator_at_its_published_size(name):
     found = check_model(name, "fake")
-    assert found.parameters == an.model_info(name).parameters and found.without_gradient == ()
+    assert (
+        found.parameters == an.model_info(name).parameters
+        and found.without_gradient == ()
+    )
 
 
 @every_model
 def test_a_planted_cpu_tensor_is_caught(name, built):
     model, inputs = built
     with fake_device():
-        fakes = tuple(torch.empty(x.shape, dtype=x.dtype, device=STAND_IN) for x in inputs)
+        fakes = tuple(
+            torch.empty(x.shape, dtype=x.dtype, device=STAND_IN) for x in inputs
+        )
         to_stand_in(model)
         example_loss(an.model_info(name).task, model(*fakes), fakes)
-        module, key = next((m, k) for m in reversed(list(model.modules())) for k in m._parameters if m._parameters[k] is not None)
-        module._parameters[key] = nn.Parameter(torch.empty(module._parameters[key].shape))
+        module, key = next(
+            (m, k)
+            for m in reversed(list(model.modules()))
+            for k in m._parameters
+            if m._parameters[k] is not None
+        )
+        module._parameters[key] = nn.Parameter(
+            torch.empty(module._parameters[key].shape)
+        )
         with pytest.raises(RuntimeError, match="cpu"):
             model(*fakes)
 
@@ -77,13 +118,17 @@ def test_bf16_autocast_gives_the_same_to_its_precision(name, built):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, rounded = step(name, model, inputs)
     assert close(found, expected, 0.05) and rounded.keys() == gradients.keys()
-    whole = [torch.cat([g.flatten() for g in side.values()]) for side in (rounded, gradients)]
+    whole = [
+        torch.cat([g.flatten() for g in side.values()]) for side in (rounded, gradients)
+    ]
     assert (whole[0] - whole[1]).norm() < 0.1 * whole[1].norm()
 
 
 @every_model
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)]
+)
 def test_the_compiled_model_gives_the_same(name, built, backend):
     model, inputs = built
     expected, gradients = step(name, model, inputs)
@@ -91,7 +136,10 @@ def test_the_compiled_model_gives_the_same(name, built, backend):
     model.compile(backend=backend, fullgraph=True)
     found, compiled = step(name, model, inputs)
     assert close(found, expected, 1e-5)
-    assert all((compiled[key] - gradients[key]).norm() <= 1e-4 * gradients[key].norm() + 1e-7 for key in gradients)
+    assert all(
+        (compiled[key] - gradients[key]).norm() <= 1e-4 * gradients[key].norm() + 1e-7
+        for key in gradients
+    )
 
 
 @every_model
@@ -111,7 +159,10 @@ def test_saved_and_read_back_it_is_the_same(name, built, tmp_path):
     again = an.create_model(name, pretrained=tmp_path / name)
     assert again.config == model.config
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(leaves(again(*inputs)), leaves(model(*inputs))))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(leaves(again(*inputs)), leaves(model(*inputs)))
+        )
 
 
 @every_model

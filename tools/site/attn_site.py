@@ -1,4 +1,5 @@
 """The Sphinx extension of the book: identifiers in code link to the reference, Chinese words are found, colours of code."""
+
 import json
 import re
 from pathlib import Path
@@ -6,26 +7,57 @@ from pathlib import Path
 from docutils import nodes
 from pygments.formatters import HtmlFormatter
 from pygments.style import Style
-from pygments.token import Comment, Error, Generic, Keyword, Name, Number, Operator, Punctuation, String, Token
+from pygments.token import (
+    Comment,
+    Error,
+    Generic,
+    Keyword,
+    Name,
+    Number,
+    Operator,
+    Punctuation,
+    String,
+    Token,
+)
 from sphinx.search.en import SearchEnglish
 
 CHINESE = re.compile(r"[\u3400-\u9fff]+")
 
 
 def palette(text, comment, keyword, string, number, name, faint):
-    return {Token: text, Comment: f"italic {comment}", Keyword: keyword, Keyword.Constant: number, Operator: faint, Operator.Word: keyword,
-            Punctuation: faint, Name.Function: name, Name.Class: name, Name.Decorator: comment, Name.Builtin: text, Name.Builtin.Pseudo: comment,
-            String: string, String.Doc: f"italic {comment}", Number: number, Generic.Error: keyword, Error: text}
+    return {
+        Token: text,
+        Comment: f"italic {comment}",
+        Keyword: keyword,
+        Keyword.Constant: number,
+        Operator: faint,
+        Operator.Word: keyword,
+        Punctuation: faint,
+        Name.Function: name,
+        Name.Class: name,
+        Name.Decorator: comment,
+        Name.Builtin: text,
+        Name.Builtin.Pseudo: comment,
+        String: string,
+        String.Doc: f"italic {comment}",
+        Number: number,
+        Generic.Error: keyword,
+        Error: text,
+    }
 
 
 class Light(Style):
     background_color = "#f7f5f0"
-    styles = palette("#24292e", "#66655c", "#8a2f3c", "#2e6443", "#7a4a12", "#1f4f82", "#4d4f52")
+    styles = palette(
+        "#24292e", "#66655c", "#8a2f3c", "#2e6443", "#7a4a12", "#1f4f82", "#4d4f52"
+    )
 
 
 class Dark(Style):
     background_color = "#1d1f21"
-    styles = palette("#dcd9d2", "#9a978c", "#e29a9f", "#a3c9a8", "#e0b988", "#9cc3ec", "#b9b7b0")
+    styles = palette(
+        "#dcd9d2", "#9a978c", "#e29a9f", "#a3c9a8", "#e0b988", "#9cc3ec", "#b9b7b0"
+    )
 
 
 class BookEnglish(SearchEnglish):
@@ -34,17 +66,25 @@ class BookEnglish(SearchEnglish):
     def split(self, text: str) -> list[str]:
         words = super().split(text)
         for run in CHINESE.findall(text):
-            words += [run] + [run[i:i + 2] for i in range(len(run) - 1)]
+            words += [run] + [run[i : i + 2] for i in range(len(run) - 1)]
         return words
 
 
-HIGHLIGHT = re.compile(r'(<div class="highlight-(?:ipython3|python)[^"]*"><div class="highlight"><pre>)(.*?)(</pre></div>)', re.DOTALL)
-NAME = re.compile(r'(?P<before><span class="o">\.</span>|<span class="k">(?:class|def)</span><span class="w"> </span>)?<span class="(?P<kind>n|nc|nf|nn|nd|ne)">(?P<name>\w+)</span>(?!<span class="o">=</span>)')
-MEMBER = re.compile(r'<span class="n">(\w+)</span><span class="o">\.</span><span class="n">(\w+)</span>')
+HIGHLIGHT = re.compile(
+    r'(<div class="highlight-(?:ipython3|python)[^"]*"><div class="highlight"><pre>)(.*?)(</pre></div>)',
+    re.DOTALL,
+)
+NAME = re.compile(
+    r'(?P<before><span class="o">\.</span>|<span class="k">(?:class|def)</span><span class="w"> </span>)?<span class="(?P<kind>n|nc|nf|nn|nd|ne)">(?P<name>\w+)</span>(?!<span class="o">=</span>)'
+)
+MEMBER = re.compile(
+    r'<span class="n">(\w+)</span><span class="o">\.</span><span class="n">(\w+)</span>'
+)
 
 
 def link_names(body: str, links: dict[str, str], root: str) -> str:
     """The code of a page with the names in `links` linked to the reference; attributes and keyword arguments are left alone."""
+
     def link(match: re.Match) -> str:
         name, before = match["name"], match["before"] or ""
         if name not in links or before.endswith(".</span>"):
@@ -53,9 +93,21 @@ def link_names(body: str, links: dict[str, str], root: str) -> str:
 
     def link_member(match: re.Match) -> str:
         page = links.get(f"{match[1]}.{match[2]}")
-        return match[0] if page is None else match[0].replace(f'<span class="n">{match[2]}</span>', f'<a class="code-link" href="{root}{page}"><span class="n">{match[2]}</span></a>')
+        return (
+            match[0]
+            if page is None
+            else match[0].replace(
+                f'<span class="n">{match[2]}</span>',
+                f'<a class="code-link" href="{root}{page}"><span class="n">{match[2]}</span></a>',
+            )
+        )
 
-    return HIGHLIGHT.sub(lambda block: block[1] + MEMBER.sub(link_member, NAME.sub(link, block[2])) + block[3], body)
+    return HIGHLIGHT.sub(
+        lambda block: (
+            block[1] + MEMBER.sub(link_member, NAME.sub(link, block[2])) + block[3]
+        ),
+        body,
+    )
 
 
 LABEL = re.compile(r"\b(eq-[a-z0-9-]+)\b(?![^<]*>)")
@@ -63,20 +115,27 @@ LABEL = re.compile(r"\b(eq-[a-z0-9-]+)\b(?![^<]*>)")
 
 def link_equations(body: str, equations: dict[str, tuple[str, int]], root: str) -> str:
     """The code of a page with the labels of equations, as docstrings name them, linked to the equations."""
+
     def link(match: re.Match) -> str:
         if match[1] not in equations:
             return match[0]
         page, number = equations[match[1]]
         return f'<a class="code-link" href="{root}{page}.html#equation-{match[1]}" title="equation ({number})">{match[1]}</a>'
 
-    return HIGHLIGHT.sub(lambda block: block[1] + LABEL.sub(link, block[2]) + block[3], body)
+    return HIGHLIGHT.sub(
+        lambda block: block[1] + LABEL.sub(link, block[2]) + block[3], body
+    )
 
 
 def on_page(app, pagename, templatename, context, doctree):
     if "body" in context:
         root = "../" * pagename.count("/")
-        context["body"] = link_names(context["body"], app.config.attn_code_links.get(pagename, {}), root)
-        context["body"] = link_equations(context["body"], app.env.get_domain("math").equations, root)
+        context["body"] = link_names(
+            context["body"], app.config.attn_code_links.get(pagename, {}), root
+        )
+        context["body"] = link_equations(
+            context["body"], app.env.get_domain("math").equations, root
+        )
 
 
 def number_equations(app, doctree):
@@ -98,13 +157,22 @@ def number_figures(app, env):
 def write_colours(app, error):
     """The colours of code, for the light page and for the dark one."""
     if app.builder.format == "html" and not error:
-        colours = [HtmlFormatter(style=style).get_style_defs(f'html[data-theme="{theme}"] .highlight') for theme, style in (("light", Light), ("dark", Dark))]
-        (Path(app.outdir) / "_static" / "pygments.css").write_text("\n".join(colours) + "\n", encoding="utf-8")
+        colours = [
+            HtmlFormatter(style=style).get_style_defs(
+                f'html[data-theme="{theme}"] .highlight'
+            )
+            for theme, style in (("light", Light), ("dark", Dark))
+        ]
+        (Path(app.outdir) / "_static" / "pygments.css").write_text(
+            "\n".join(colours) + "\n", encoding="utf-8"
+        )
 
 
 def read_links(app, config):
     path = Path(app.srcdir) / "code_links.json"
-    config.attn_code_links = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config.attn_code_links = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    )
 
 
 def setup(app):

@@ -4,6 +4,7 @@
 
 Nothing is run and nothing is fetched; the same notebooks give the same bytes.
 """
+
 import argparse
 import ast
 import json
@@ -17,34 +18,65 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from book import ROOT, Notebook, offered_names, read_book, reading_order          # noqa: E402
-from claims import read_claims                                      # noqa: E402
-from reference import Symbol, api_pages, claims_page, find_symbols, models_page     # noqa: E402
-from stage import stage_notebook                                    # noqa: E402
+from book import ROOT, Notebook, offered_names, read_book, reading_order
+from claims import read_claims
+from reference import Symbol, api_pages, claims_page, find_symbols, models_page
+from stage import stage_notebook
 
 REFERENCE = ["notation", "models", "claims", "api/index"]
 # What the theme brings and this site does not use.
-UNUSED = ("*.map", "*.LICENSE.txt", "_static/locales", "_static/images/logo_*", "_static/*.png", "_static/webpack-macros.html", "_static/sbt-webpack-macros.html",
-          ".buildinfo", ".doctrees", "objects.inv", "_static/scripts/fontawesome.js", "_static/vendor/fontawesome/webfonts/fa-brands*",
-          "_static/vendor/fontawesome/webfonts/fa-regular*")
+UNUSED = (
+    "*.map",
+    "*.LICENSE.txt",
+    "_static/locales",
+    "_static/images/logo_*",
+    "_static/*.png",
+    "_static/webpack-macros.html",
+    "_static/sbt-webpack-macros.html",
+    ".buildinfo",
+    ".doctrees",
+    "objects.inv",
+    "_static/scripts/fontawesome.js",
+    "_static/vendor/fontawesome/webfonts/fa-brands*",
+    "_static/vendor/fontawesome/webfonts/fa-regular*",
+)
 
 
-def code_links(notebooks: list[Notebook], modules: dict[str, list[Symbol]]) -> dict[str, dict[str, str]]:
+def code_links(
+    notebooks: list[Notebook], modules: dict[str, list[Symbol]]
+) -> dict[str, dict[str, str]]:
     """For every page, the names in its code that the reference explains: those that it imports and those that it defines."""
-    places = {module: {s.name: s.page for s in symbols} for module, symbols in modules.items()}
-    everywhere = {name: page for names in places.values() for name, page in names.items()}
+    places = {
+        module: {s.name: s.page for s in symbols} for module, symbols in modules.items()
+    }
+    everywhere = {
+        name: page for names in places.values() for name, page in names.items()
+    }
     offered = set(offered_names(notebooks))
     links = {}
     for notebook in notebooks:
         here = dict(places.get(notebook.module, {}))
         for cell in notebook.code():
             for node in ast.walk(cell.tree):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("attn_notes"):
-                    known = places.get(node.module.removeprefix("attn_notes").lstrip("."), everywhere)
-                    here |= {alias.asname or alias.name: known[alias.name] for alias in node.names if alias.name in known}
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                    "attn_notes"
+                ):
+                    known = places.get(
+                        node.module.removeprefix("attn_notes").lstrip("."), everywhere
+                    )
+                    here |= {
+                        alias.asname or alias.name: known[alias.name]
+                        for alias in node.names
+                        if alias.name in known
+                    }
                 elif isinstance(node, ast.Import):
-                    for alias in (alias for alias in node.names if alias.name == "attn_notes"):
-                        here |= {f"{alias.asname or alias.name}.{name}": everywhere[name] for name in sorted(offered & set(everywhere))}
+                    for alias in (
+                        alias for alias in node.names if alias.name == "attn_notes"
+                    ):
+                        here |= {
+                            f"{alias.asname or alias.name}.{name}": everywhere[name]
+                            for name in sorted(offered & set(everywhere))
+                        }
         links[notebook.name] = here
     for module, names in places.items():
         links[f"api/{module}"] = everywhere | names
@@ -55,7 +87,16 @@ def toctrees(parts: list[tuple[str, list[str]]], extra: list[str]) -> str:
     """The table of contents that the sidebar shows, hidden on the home page itself."""
     blocks = []
     for caption, names in [*parts, ("Reference", extra)]:
-        blocks += ["```{toctree}", f":caption: {caption}", ":hidden:", ":maxdepth: 1", "", *(f"/{name}" for name in names), "```", ""]
+        blocks += [
+            "```{toctree}",
+            f":caption: {caption}",
+            ":hidden:",
+            ":maxdepth: 1",
+            "",
+            *(f"/{name}" for name in names),
+            "```",
+            "",
+        ]
     return "\n".join(blocks)
 
 
@@ -67,15 +108,30 @@ def stage(root: Path, source: Path) -> None:
     claims, _ = read_claims(root, notebooks)
     by_id = {claim.id: claim for claim in claims}
     parts = reading_order([n.name for n in notebooks])
-    order = {name: place for place, name in enumerate(name for _, names in parts for name in names)}
+    order = {
+        name: place
+        for place, name in enumerate(name for _, names in parts for name in names)
+    }
     notebooks.sort(key=lambda n: order.get(n.name, -1))
     for path in (root / "nbs").rglob("*"):
         if path.suffix in (".md", ".png", ".svg") and "artifacts" not in path.parts:
-            (source / path.relative_to(root / "nbs")).parent.mkdir(parents=True, exist_ok=True)
+            (source / path.relative_to(root / "nbs")).parent.mkdir(
+                parents=True, exist_ok=True
+            )
             shutil.copy(path, source / path.relative_to(root / "nbs"))
     modules = find_symbols(notebooks)
-    equations = {label for n in notebooks for c in n.cells if c.kind == "markdown" for label in re.findall(r"\$\$\s*\((eq-[\w-]+)\)", c.source)}
-    generated = {"claims": claims_page(claims, notebooks), "models": models_page(notebooks), **api_pages(notebooks, modules, equations)}
+    equations = {
+        label
+        for n in notebooks
+        for c in n.cells
+        if c.kind == "markdown"
+        for label in re.findall(r"\$\$\s*\((eq-[\w-]+)\)", c.source)
+    }
+    generated = {
+        "claims": claims_page(claims, notebooks),
+        "models": models_page(notebooks),
+        **api_pages(notebooks, modules, equations),
+    }
     for name, text in generated.items():
         (source / f"{name}.md").parent.mkdir(parents=True, exist_ok=True)
         (source / f"{name}.md").write_text(text, encoding="utf-8")
@@ -85,14 +141,25 @@ def stage(root: Path, source: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         page = json.loads(stage_notebook(notebook, by_id))
         if notebook.name == "index":
-            page["cells"].append(nbformat.v4.new_markdown_cell(toctrees(parts, extra), id="contents"))
-        target.write_text(json.dumps(page, ensure_ascii=False, indent=1), encoding="utf-8")
-    (source / "code_links.json").write_text(json.dumps(code_links(notebooks, modules)), encoding="utf-8")
+            page["cells"].append(
+                nbformat.v4.new_markdown_cell(toctrees(parts, extra), id="contents")
+            )
+        target.write_text(
+            json.dumps(page, ensure_ascii=False, indent=1), encoding="utf-8"
+        )
+    (source / "code_links.json").write_text(
+        json.dumps(code_links(notebooks, modules)), encoding="utf-8"
+    )
 
 
 # Scripts that the theme puts on every page and no page but the search needs; icons come from a font, see book.css.
-NEEDLESS = [re.compile(r'\s*<script[^>]*src="[^"]*/fontawesome\.js[^"]*"></script>'), re.compile(r'\s*<meta name="docsearch:[^>]*>')]
-SEARCH_ONLY = re.compile(r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>')
+NEEDLESS = [
+    re.compile(r'\s*<script[^>]*src="[^"]*/fontawesome\.js[^"]*"></script>'),
+    re.compile(r'\s*<meta name="docsearch:[^>]*>'),
+]
+SEARCH_ONLY = re.compile(
+    r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>'
+)
 
 
 def trim(output: Path) -> None:
@@ -100,12 +167,17 @@ def trim(output: Path) -> None:
     wanted = set()
     for page in output.rglob("*.html"):
         html = page.read_text(encoding="utf-8")
-        for pattern in [*NEEDLESS, *([] if page.name == "search.html" else [SEARCH_ONLY])]:
+        for pattern in [
+            *NEEDLESS,
+            *([] if page.name == "search.html" else [SEARCH_ONLY]),
+        ]:
             html = pattern.sub("", html)
         page.write_text(html, encoding="utf-8")
         wanted |= set(re.findall(r"_static/images/([\w.-]+)", html))
     for pattern in UNUSED:
-        for path in sorted(output.rglob(pattern) if "/" not in pattern else output.glob(pattern)):
+        for path in sorted(
+            output.rglob(pattern) if "/" not in pattern else output.glob(pattern)
+        ):
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name not in wanted:
@@ -121,20 +193,35 @@ def build_site(output: Path, root: Path = ROOT) -> None:
         source.mkdir()
         stage(root, source)
         os.environ["PYTHONHASHSEED"] = "0"
-        code = build_main(["-b", "html", "-q", "-W", "--keep-going", "-c", str(HERE), "-d", f"{folder}/doctrees", str(source), str(output)])
+        code = build_main(
+            [
+                "-b",
+                "html",
+                "-q",
+                "-W",
+                "--keep-going",
+                "-c",
+                str(HERE),
+                "-d",
+                f"{folder}/doctrees",
+                str(source),
+                str(output),
+            ]
+        )
         if code:
             raise SystemExit(code)
         trim(output)
-        for notebook in read_book(root):                    # what a reader downloads is the notebook itself
+        for notebook in read_book(
+            root
+        ):  # what a reader downloads is the notebook itself
             shutil.copy(notebook.path, output / "_sources" / f"{notebook.name}.ipynb")
         (output / ".nojekyll").touch()
 
 
 def readme(root: Path = ROOT) -> str:
     """The home page as README.md: outputs included, directives and hidden cells left out."""
-    from nbconvert import MarkdownExporter
-
     import nbformat
+    from nbconvert import MarkdownExporter
 
     notebook = next(n for n in read_book(root) if n.name == "index")
     page = nbformat.reads(stage_notebook(notebook, {}), as_version=4)
@@ -142,12 +229,16 @@ def readme(root: Path = ROOT) -> str:
         if "remove-input" in cell.metadata.get("tags", []):
             cell.transient = {"remove_source": True}
     text, _ = MarkdownExporter().from_notebook_node(page)
-    text = re.sub(r"(\]\()(?!https?:|#)([^)\s]+\.(?:ipynb|md|png|svg|yaml))", r"\1nbs/\2", text)
+    text = re.sub(
+        r"(\]\()(?!https?:|#)([^)\s]+\.(?:ipynb|md|png|svg|yaml))", r"\1nbs/\2", text
+    )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, default=ROOT)
     root = parser.parse_args().root.resolve()
     with tempfile.TemporaryDirectory(dir=root, prefix=".docs-") as folder:
@@ -155,8 +246,12 @@ def main() -> int:
         shutil.rmtree(root / "docs", ignore_errors=True)
         (Path(folder) / "docs").rename(root / "docs")
     (root / "README.md").write_text(readme(root), encoding="utf-8")
-    size = sum(p.stat().st_size for p in (root / "docs").rglob("*") if p.is_file()) / 1e6
-    print(f"docs/ built: {len(list((root / 'docs').rglob('*.html')))} pages, {size:.1f} MB; open docs/index.html")
+    size = (
+        sum(p.stat().st_size for p in (root / "docs").rglob("*") if p.is_file()) / 1e6
+    )
+    print(
+        f"docs/ built: {len(list((root / 'docs').rglob('*.html')))} pages, {size:.1f} MB; open docs/index.html"
+    )
     return 0
 
 

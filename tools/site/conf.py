@@ -1,4 +1,5 @@
 """Sphinx configuration of the site. build.py stages the pages and runs Sphinx with this file."""
+
 import configparser
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ html_theme_options = {
     "navbar_persistent": [],
     "path_to_docs": settings["nbs_path"],
 }
-if settings.get("git_url"):                             # only a project that has an address links to it
+if settings.get("git_url"):  # only a project that has an address links to it
     html_theme_options |= {
         "repository_url": settings["git_url"],
         "repository_branch": settings["branch"],
@@ -68,4 +69,6 @@ if settings.get("git_url"):                             # only a project that ha
         "use_source_button": True,
         "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     }
-html_sidebars = {"**": ["navbar-logo.html", "search-button-field.html", "sbt-sidebar-nav.html"]}
+html_sidebars = {
+    "**": ["navbar-logo.html", "search-button-field.html", "sbt-sidebar-nav.html"]
+}

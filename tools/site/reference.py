@@ -1,4 +1,5 @@
 """The pages that no notebook writes: the API reference, the claims, the table of models."""
+
 import ast
 import re
 from dataclasses import dataclass, field
@@ -10,17 +11,19 @@ from stage import badge, patched_class, slug, statement, up
 
 # ---------------------------------------------------------------- the package, as its notebooks define it
 
+
 @dataclass
 class Symbol:
     """A public function or class: where it is defined and what its reference entry says."""
+
     name: str
-    module: str                 # foundations.attention
+    module: str  # foundations.attention
     notebook: str
     section: str
-    kind: str                   # function, class or method
+    kind: str  # function, class or method
     signature: str
     doc: str
-    defined_as: str             # the name of the cell that defines it: the class, for a method written inside one
+    defined_as: str  # the name of the cell that defines it: the class, for a method written inside one
     methods: list["Symbol"] = field(default_factory=list)
 
     @property
@@ -34,13 +37,22 @@ class Symbol:
 
 def argument_list(arguments: ast.arguments, drop_self: bool) -> list[str]:
     """The arguments of a signature as they are written: name: type = default."""
+
     def text(argument: ast.arg, default: ast.AST | None = None) -> str:
-        shown = argument.arg + (f": {ast.unparse(argument.annotation)}" if argument.annotation else "")
-        return shown + (f" = {ast.unparse(default)}" if default is not None and argument.annotation else f"={ast.unparse(default)}" if default is not None else "")
+        shown = argument.arg + (
+            f": {ast.unparse(argument.annotation)}" if argument.annotation else ""
+        )
+        return shown + (
+            f" = {ast.unparse(default)}"
+            if default is not None and argument.annotation
+            else f"={ast.unparse(default)}"
+            if default is not None
+            else ""
+        )
 
     plain = arguments.posonlyargs + arguments.args
     defaults = [None] * (len(plain) - len(arguments.defaults)) + arguments.defaults
-    shown = [text(*pair) for pair in zip(plain, defaults)][int(drop_self):]
+    shown = [text(*pair) for pair in zip(plain, defaults)][int(drop_self) :]
     if arguments.vararg:
         shown.append("*" + text(arguments.vararg))
     elif arguments.kwonlyargs:
@@ -51,21 +63,40 @@ def argument_list(arguments: ast.arguments, drop_self: bool) -> list[str]:
 
 def signature_of(node: ast.FunctionDef, name: str, drop_self: bool = False) -> str:
     """A signature on one line when it is short, else one argument a line."""
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns and node.name != "__init__" else ""
+    returns = (
+        f" -> {ast.unparse(node.returns)}"
+        if node.returns and node.name != "__init__"
+        else ""
+    )
     arguments = argument_list(node.args, drop_self)
     line = f"{name}({', '.join(arguments)}){returns}"
     if len(line) > 88:
-        line = f"{name}(\n" + "".join(f"    {argument},\n" for argument in arguments) + f"){returns}"
+        line = (
+            f"{name}(\n"
+            + "".join(f"    {argument},\n" for argument in arguments)
+            + f"){returns}"
+        )
     return line.replace("'", '"')
 
 
 def class_signature(node: ast.ClassDef) -> str:
-    init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    init = next(
+        (
+            n
+            for n in node.body
+            if isinstance(n, ast.FunctionDef) and n.name == "__init__"
+        ),
+        None,
+    )
     if init:
         return signature_of(init, node.name, drop_self=True)
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
     if fields:
-        return (f"{node.name}(\n" + "".join(f"    {ast.unparse(n)},\n" for n in fields) + ")").replace("'", '"')
+        return (
+            f"{node.name}(\n"
+            + "".join(f"    {ast.unparse(n)},\n" for n in fields)
+            + ")"
+        ).replace("'", '"')
     return f"{node.name}({', '.join(map(ast.unparse, node.bases))})"
 
 
@@ -80,26 +111,62 @@ def find_symbols(notebooks: list[Notebook]) -> dict[str, list[Symbol]]:
                 if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                     continue
                 owner = patched_class(node)
-                if node.name.startswith("_") and not (owner and node.name == "__init__"):
+                if node.name.startswith("_") and not (
+                    owner and node.name == "__init__"
+                ):
                     continue
-                here = dict(module=notebook.module, notebook=notebook.name, section=cell.section)
+                here = dict(
+                    module=notebook.module, notebook=notebook.name, section=cell.section
+                )
                 doc = ast.get_docstring(node) or ""
                 if owner:
-                    known = next((s for symbols in modules.values() for s in symbols if s.name == owner), None)
+                    known = next(
+                        (
+                            s
+                            for symbols in modules.values()
+                            for s in symbols
+                            if s.name == owner
+                        ),
+                        None,
+                    )
                     if known and node.name == "__init__":
                         known.signature = signature_of(node, owner, drop_self=True)
                     elif known:
-                        known.methods.append(Symbol(f"{owner}.{node.name}", **here | {"module": known.module}, kind="method",
-                                                    signature=signature_of(node, node.name, drop_self=True), doc=doc,
-                                                    defined_as=f"{owner}.{node.name}"))
+                        known.methods.append(
+                            Symbol(
+                                f"{owner}.{node.name}",
+                                **here | {"module": known.module},
+                                kind="method",
+                                signature=signature_of(node, node.name, drop_self=True),
+                                doc=doc,
+                                defined_as=f"{owner}.{node.name}",
+                            )
+                        )
                     continue
                 is_class = isinstance(node, ast.ClassDef)
-                symbol = Symbol(node.name, **here, kind="class" if is_class else "function", doc=doc, defined_as=node.name,
-                                signature=class_signature(node) if is_class else signature_of(node, node.name))
+                symbol = Symbol(
+                    node.name,
+                    **here,
+                    kind="class" if is_class else "function",
+                    doc=doc,
+                    defined_as=node.name,
+                    signature=class_signature(node)
+                    if is_class
+                    else signature_of(node, node.name),
+                )
                 if is_class:
-                    symbol.methods = [Symbol(f"{node.name}.{m.name}", **here, kind="method", doc=ast.get_docstring(m) or "",
-                                             signature=signature_of(m, m.name, drop_self=True), defined_as=node.name)
-                                      for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
+                    symbol.methods = [
+                        Symbol(
+                            f"{node.name}.{m.name}",
+                            **here,
+                            kind="method",
+                            doc=ast.get_docstring(m) or "",
+                            signature=signature_of(m, m.name, drop_self=True),
+                            defined_as=node.name,
+                        )
+                        for m in node.body
+                        if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")
+                    ]
                 symbols = modules.setdefault(notebook.module, [])
                 symbols[:] = [s for s in symbols if s.name != symbol.name] + [symbol]
     return modules
@@ -107,19 +174,35 @@ def find_symbols(notebooks: list[Notebook]) -> dict[str, list[Symbol]]:
 
 def prose(doc: str, equations: set[str]) -> str:
     """A docstring as Markdown: code in backticks and maths as they are; a label of an equation becomes its number."""
-    text = re.sub(r"\(?\b(eq-[\w-]+)\b\)?", lambda m: f"{{eq}}`{m[1]}`" if m[1] in equations else m[0], doc)
+    text = re.sub(
+        r"\(?\b(eq-[\w-]+)\b\)?",
+        lambda m: f"{{eq}}`{m[1]}`" if m[1] in equations else m[0],
+        doc,
+    )
     text = re.sub(r"^#+ ", "", text, flags=re.MULTILINE)
     parts = re.split(r"(`[^`]+`|\$[^$]+\$|\{eq\}`[^`]+`)", text)
-    return "".join(part if index % 2 else re.sub(r"([*_<>\[\]#|])", r"\\\1", part) for index, part in enumerate(parts))
+    return "".join(
+        part if index % 2 else re.sub(r"([*_<>\[\]#|])", r"\\\1", part)
+        for index, part in enumerate(parts)
+    )
 
 
 def entry(symbol: Symbol, equations: set[str], level: int) -> list[str]:
     """One symbol of the reference: heading, where it is defined, signature, docstring, methods."""
     title = symbol.name.split(".")[-1]
-    here = f'{up("api/x")}{symbol.notebook}.html#def-{symbol.defined_as}'
-    lines = [f'<span class="api-anchor" id="{symbol.anchor}"></span>', "", f"{'#' * level} {title}", "",
-             f'<p class="api-defined"><span>{symbol.kind}</span> Defined in <a href="{here}">{escape(symbol.section)}</a></p>', "",
-             "```python", symbol.signature, "```", ""]
+    here = f"{up('api/x')}{symbol.notebook}.html#def-{symbol.defined_as}"
+    lines = [
+        f'<span class="api-anchor" id="{symbol.anchor}"></span>',
+        "",
+        f"{'#' * level} {title}",
+        "",
+        f'<p class="api-defined"><span>{symbol.kind}</span> Defined in <a href="{here}">{escape(symbol.section)}</a></p>',
+        "",
+        "```python",
+        symbol.signature,
+        "```",
+        "",
+    ]
     if symbol.doc:
         lines += [prose(symbol.doc, equations), ""]
     for method in symbol.methods:
@@ -127,67 +210,155 @@ def entry(symbol: Symbol, equations: set[str], level: int) -> list[str]:
     return lines
 
 
-def api_pages(notebooks: list[Notebook], modules: dict[str, list[Symbol]], equations: set[str]) -> dict[str, str]:
+def api_pages(
+    notebooks: list[Notebook], modules: dict[str, list[Symbol]], equations: set[str]
+) -> dict[str, str]:
     """The reference: a page for every module, and their list."""
     everywhere = {s.name: s for symbols in modules.values() for s in symbols}
-    pages, lines = {}, ["# API reference", "", "Everything that the package exports, from the notebooks that define it. Each entry links to the section that explains it.", ""]
-    for notebook in (n for n in notebooks if n.module in modules or n.module == "__init__"):
-        symbols = modules.get(notebook.module) or [everywhere[name] for name in offered_names(notebooks) if name in everywhere]
-        names = [f'<a href="{s.module}.html#{s.anchor}"><code>{s.name}</code></a>' for s in symbols]
-        entries = [line for s in symbols for line in entry(s, equations, 2)] if notebook.module in modules else [f"<p>{name}</p>\n" for name in names]
-        pages[f"api/{notebook.module}"] = "\n".join([
-            "# " + notebook.full_module.replace("_", "\\_"), "",
-            f"From the chapter [{notebook.title}]({up('api/x')}{notebook.name}.ipynb). {notebook.summary}", "", *entries])
-        lines += [f'<p class="api-module"><a href="{notebook.module}.html"><strong>{notebook.full_module}</strong></a><br>{", ".join(names)}</p>', ""]
-    contents = [f"{page.removeprefix('api/').replace('__init__', 'attn_notes')} </{page}>" for page in pages]
-    pages["api/index"] = "\n".join([*lines, "```{toctree}", ":hidden:", "", *contents, "```", ""])
+    pages, lines = (
+        {},
+        [
+            "# API reference",
+            "",
+            "Everything that the package exports, from the notebooks that define it. Each entry links to the section that explains it.",
+            "",
+        ],
+    )
+    for notebook in (
+        n for n in notebooks if n.module in modules or n.module == "__init__"
+    ):
+        symbols = modules.get(notebook.module) or [
+            everywhere[name] for name in offered_names(notebooks) if name in everywhere
+        ]
+        names = [
+            f'<a href="{s.module}.html#{s.anchor}"><code>{s.name}</code></a>'
+            for s in symbols
+        ]
+        entries = (
+            [line for s in symbols for line in entry(s, equations, 2)]
+            if notebook.module in modules
+            else [f"<p>{name}</p>\n" for name in names]
+        )
+        pages[f"api/{notebook.module}"] = "\n".join(
+            [
+                "# " + notebook.full_module.replace("_", "\\_"),
+                "",
+                f"From the chapter [{notebook.title}]({up('api/x')}{notebook.name}.ipynb). {notebook.summary}",
+                "",
+                *entries,
+            ]
+        )
+        lines += [
+            f'<p class="api-module"><a href="{notebook.module}.html"><strong>{notebook.full_module}</strong></a><br>{", ".join(names)}</p>',
+            "",
+        ]
+    contents = [
+        f"{page.removeprefix('api/').replace('__init__', 'attn_notes')} </{page}>"
+        for page in pages
+    ]
+    pages["api/index"] = "\n".join(
+        [*lines, "```{toctree}", ":hidden:", "", *contents, "```", ""]
+    )
     return pages
 
 
 # ---------------------------------------------------------------- claims
 
+
 def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
     """Every statement of the notes that this book tests, with its verdict and the cell that reaches it."""
     titles = {n.name: n.title for n in notebooks}
     due = [c for c in claims if c.due]
-    counts = {v: sum(c.verdict == v for c in due) for v in ("confirmed", "corrected", "answered", "not seen at this scale", "contradicted", "")}
-    tally = " ".join(f'{badge(v)} <b>{n}</b>' for v, n in counts.items() if n)
-    lines = ["# Claims", "", "Every statement of the source notes that a chapter tests, with its verdict. The verdict is that of a cell, which fails when "
-             "its assertion does not hold; an experiment's verdict is computed from the measured interval, not written down.", "",
-             f'<p class="claims-tally">{tally}</p>', ""]
+    counts = {
+        v: sum(c.verdict == v for c in due)
+        for v in (
+            "confirmed",
+            "corrected",
+            "answered",
+            "not seen at this scale",
+            "contradicted",
+            "",
+        )
+    }
+    tally = " ".join(f"{badge(v)} <b>{n}</b>" for v, n in counts.items() if n)
+    lines = [
+        "# Claims",
+        "",
+        "Every statement of the source notes that a chapter tests, with its verdict. The verdict is that of a cell, which fails when "
+        "its assertion does not hold; an experiment's verdict is computed from the measured interval, not written down.",
+        "",
+        f'<p class="claims-tally">{tally}</p>',
+        "",
+    ]
     for chapter in dict.fromkeys(c.chapter for c in due):
         lines += [f"## {titles[chapter]}", "", '<div class="claims">']
         for claim in (c for c in due if c.chapter == chapter):
-            where = f'<a href="{claim.notebook}.html#claim-{claim.id}">{escape(claim.section)}</a>' if claim.notebook else "no cell yet"
-            lines.append(f'<div class="claim-row {slug(claim.verdict)}" id="{claim.id}"><div>{badge(claim.verdict)}<small>{claim.kind}</small></div>'
-                         f'<div><p class="says">{statement(claim.says)}</p><p class="show">{statement(claim.show)}</p></div><div class="where">{where}</div></div>')
+            where = (
+                f'<a href="{claim.notebook}.html#claim-{claim.id}">{escape(claim.section)}</a>'
+                if claim.notebook
+                else "no cell yet"
+            )
+            lines.append(
+                f'<div class="claim-row {slug(claim.verdict)}" id="{claim.id}"><div>{badge(claim.verdict)}<small>{claim.kind}</small></div>'
+                f'<div><p class="says">{statement(claim.says)}</p><p class="show">{statement(claim.show)}</p></div><div class="where">{where}</div></div>'
+            )
         lines += ["</div>", ""]
     later = [c for c in claims if not c.due]
     if later:
         rows = "".join(f"<li>{statement(c.says)}</li>" for c in later)
-        lines += ["## To come", "", f"<details><summary>{len(later)} statements that belong to chapters not yet written</summary><ul>{rows}</ul></details>", ""]
+        lines += [
+            "## To come",
+            "",
+            f"<details><summary>{len(later)} statements that belong to chapters not yet written</summary><ul>{rows}</ul></details>",
+            "",
+        ]
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- models
 
+
 def models_page(notebooks: list[Notebook]) -> str:
     """The registry as a table: every name, its size, the paper's own figures, the checkpoints that it reads."""
-    lines = ["# Models", "", "Every name that `attn_notes.create_model` knows, with its exact number of parameters beside the figures that the paper prints.", ""]
+    lines = [
+        "# Models",
+        "",
+        "Every name that `attn_notes.create_model` knows, with its exact number of parameters beside the figures that the paper prints.",
+        "",
+    ]
     try:
         from attn_notes.zoo.registry import list_models, model_info
+
         models = [model_info(name) for name in list_models()]
     except ImportError:
         models = []
     titles = {n.name: n.title for n in notebooks}
     for task in dict.fromkeys(m.task for m in models):
-        lines += [f"## {task.capitalize()}", "", '<div class="pst-scrollable-table-container"><table class="table models"><thead><tr><th>Name</th><th>Paper</th>'
-                  '<th class="number">Parameters</th><th>Figures of the paper</th><th>Reads</th><th>Chapter</th></tr></thead><tbody>']
+        lines += [
+            f"## {task.capitalize()}",
+            "",
+            '<div class="pst-scrollable-table-container"><table class="table models"><thead><tr><th>Name</th><th>Paper</th>'
+            '<th class="number">Parameters</th><th>Figures of the paper</th><th>Reads</th><th>Chapter</th></tr></thead><tbody>',
+        ]
         for m in (m for m in models if m.task == task):
-            figures = "<br>".join(f"{escape(str(k).replace('_', ' '))}: {escape(f'{v:,}' if isinstance(v, int) else str(v))}" for k, v in m.figures.items())
-            layouts = ", ".join(["attn_notes", *(getattr(layout, "name", str(layout)) for layout in m.layouts)])
-            chapter = f'<a href="{m.chapter}.html">{escape(titles[m.chapter])}</a>' if m.chapter in titles else escape(m.chapter)
-            lines.append(f'<tr><td><code>{m.name}</code></td><td>{escape(m.paper)}</td><td class="number">{m.parameters:,}</td>'
-                         f"<td>{figures}</td><td>{escape(layouts)}</td><td>{chapter}</td></tr>")
+            figures = "<br>".join(
+                f"{escape(str(k).replace('_', ' '))}: {escape(f'{v:,}' if isinstance(v, int) else str(v))}"
+                for k, v in m.figures.items()
+            )
+            layouts = ", ".join(
+                [
+                    "attn_notes",
+                    *(getattr(layout, "name", str(layout)) for layout in m.layouts),
+                ]
+            )
+            chapter = (
+                f'<a href="{m.chapter}.html">{escape(titles[m.chapter])}</a>'
+                if m.chapter in titles
+                else escape(m.chapter)
+            )
+            lines.append(
+                f'<tr><td><code>{m.name}</code></td><td>{escape(m.paper)}</td><td class="number">{m.parameters:,}</td>'
+                f"<td>{figures}</td><td>{escape(layouts)}</td><td>{chapter}</td></tr>"
+            )
         lines += ["</tbody></table></div>", ""]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 """Serve docs/ on this machine and print the address.  python tools/site/serve.py [--port 8000]"""
+
 import argparse
 import functools
 import http.server
@@ -25,7 +26,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=8000)
     with server(parser.parse_args().port) as here:
-        print(f"the book is open at http://127.0.0.1:{here.server_port}/  (Ctrl-C ends)", flush=True)
+        print(
+            f"the book is open at http://127.0.0.1:{here.server_port}/  (Ctrl-C ends)",
+            flush=True,
+        )
         try:
             here.serve_forever()
         except KeyboardInterrupt:

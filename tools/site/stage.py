@@ -3,13 +3,13 @@
 A cell marked hide vanishes; the other `#|` lines vanish from its source. An exported cell says which module it goes to, a
 claim cell carries the statement that it tests and the verdict, both as a strip above the cell that links can point at.
 """
+
 import ast
 import json
 import re
 from html import escape
 
 import nbformat
-
 from book import Cell, Notebook
 from claims import Claim
 
@@ -31,11 +31,17 @@ def badge(verdict: str) -> str:
 
 def statement(text: str) -> str:
     """A row of claims.yaml as HTML: h_{t-1} with its index below the line."""
-    return re.sub(r"(?<![\w`])([A-Za-z])_(?:\{([^}]+)\}|(\w+))", r"<i>\1</i><sub>\2\3</sub>", escape(text))
+    return re.sub(
+        r"(?<![\w`])([A-Za-z])_(?:\{([^}]+)\}|(\w+))",
+        r"<i>\1</i><sub>\2\3</sub>",
+        escape(text),
+    )
 
 
 def only_imports(cell: Cell) -> bool:
-    return bool(cell.tree.body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in cell.tree.body)
+    return bool(cell.tree.body) and all(
+        isinstance(node, (ast.Import, ast.ImportFrom)) for node in cell.tree.body
+    )
 
 
 def defined_names(cell: Cell) -> list[str]:
@@ -55,8 +61,14 @@ def patched_class(node: ast.AST) -> str:
     """The class that a method marked @patch belongs to; empty for everything else."""
     if not isinstance(node, ast.FunctionDef):
         return ""
-    decorators = {ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list}
-    if not decorators & {"patch", "patch_to"} or not node.args.args or node.args.args[0].annotation is None:
+    decorators = {
+        ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list
+    }
+    if (
+        not decorators & {"patch", "patch_to"}
+        or not node.args.args
+        or node.args.args[0].annotation is None
+    ):
         return ""
     return ast.unparse(node.args.args[0].annotation).strip("'\"")
 
@@ -66,12 +78,18 @@ def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str
     parts = []
     claim = claims.get(cell.directives.get("claim", ""))
     if claim:
-        parts.append(f'<div class="cell-strip claim" id="claim-{claim.id}"><a href="{up(notebook.name)}claims.html#{claim.id}" '
-                     f'title="All claims">{badge(claim.verdict)}</a><span>{statement(claim.says)}</span></div>')
+        parts.append(
+            f'<div class="cell-strip claim" id="claim-{claim.id}"><a href="{up(notebook.name)}claims.html#{claim.id}" '
+            f'title="All claims">{badge(claim.verdict)}</a><span>{statement(claim.says)}</span></div>'
+        )
     if cell.exports and notebook.module and not only_imports(cell):
-        anchors = "".join(f'<span id="def-{name}"></span>' for name in defined_names(cell))
-        parts.append(f'<div class="cell-strip exported">{anchors}<a href="{up(notebook.name)}api/{notebook.module}.html">'
-                     f'exported: {notebook.full_module}</a></div>')
+        anchors = "".join(
+            f'<span id="def-{name}"></span>' for name in defined_names(cell)
+        )
+        parts.append(
+            f'<div class="cell-strip exported">{anchors}<a href="{up(notebook.name)}api/{notebook.module}.html">'
+            f"exported: {notebook.full_module}</a></div>"
+        )
     return "\n".join(parts)
 
 
@@ -81,7 +99,11 @@ def page_tags(cell: Cell) -> list[str]:
         tags.append("remove-input")
     if cell.directives.get("output") == "false":
         tags.append("remove-output")
-    if cell.directives.get("code-fold") in ("true", "show") or cell.exports and only_imports(cell):
+    if (
+        cell.directives.get("code-fold") in ("true", "show")
+        or cell.exports
+        and only_imports(cell)
+    ):
         tags.append("hide-input")
     return tags
 
@@ -98,16 +120,32 @@ def stage_notebook(notebook: Notebook, claims: dict[str, Claim]) -> str:
             continue
         strip = strip_above(notebook, cell, claims)
         if strip:
-            cells.append(nbformat.v4.new_markdown_cell(strip, id=f"strip-{cell.id}"[:64]))
+            cells.append(
+                nbformat.v4.new_markdown_cell(strip, id=f"strip-{cell.id}"[:64])
+            )
         raw.source = cell.source
         raw.metadata["tags"] = page_tags(cell)
-        shown = {"image": {"alt": cell.directives.get("fig-cap") or f"Figure: {cell.section}"}, "code_prompt_show": "Imports" if only_imports(cell) else "Show the code",
-                 "code_prompt_hide": "Imports" if only_imports(cell) else "Hide the code"}
+        shown = {
+            "image": {
+                "alt": cell.directives.get("fig-cap") or f"Figure: {cell.section}"
+            },
+            "code_prompt_show": "Imports" if only_imports(cell) else "Show the code",
+            "code_prompt_hide": "Imports" if only_imports(cell) else "Hide the code",
+        }
         if "fig-cap" in cell.directives:
-            shown["figure"] = {"caption": cell.directives["fig-cap"], "name": cell.directives.get("label", f"fig-{cell.id}")}
+            shown["figure"] = {
+                "caption": cell.directives["fig-cap"],
+                "name": cell.directives.get("label", f"fig-{cell.id}"),
+            }
         raw.metadata["mystnb"] = shown
         cells.append(raw)
     page.cells = cells
-    page.metadata = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-                     "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    page.metadata = {
+        "kernelspec": {
+            "display_name": "Python 3 (ipykernel)",
+            "language": "python",
+            "name": "python3",
+        },
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+    }
     return json.dumps(page, ensure_ascii=False, indent=1, sort_keys=True)
