@@ -1,6 +1,6 @@
 # attn_notes: every target sets up its own environment in .venv on first use.
 .DEFAULT_GOAL := help
-.PHONY: help site docs test quick notebooks experiments lab bench clean
+.PHONY: help site docs test quick notebooks experiments lab bench gpu clean
 
 PY  := .venv/bin/python
 ENV := .venv/.ready
@@ -32,20 +32,24 @@ docs: $(ENV)    ## build docs/ and README.md only
 test: $(ENV)    ## every check: notebooks, claims, package, site, wheel
 	$(PY) -m pytest tests nbs --nbval -n $(WORKERS) --dist loadfile
 
-quick: $(ENV)   ## the unit tests alone
-	$(PY) -m pytest tests -m "not slow" --ignore tests/book --ignore tests/site -n $(WORKERS) --dist loadfile
+quick: $(ENV)   ## the unit tests alone (CHAPTER=cells for one chapter's)
+	$(PY) -m pytest $(if $(CHAPTER),$(wildcard tests/*/test_$(CHAPTER).py),tests) -m "not slow" --ignore tests/book --ignore tests/site -n $(WORKERS) --dist loadfile
 
 notebooks: $(ENV) ## run every notebook again, store its outputs, export the package
 	$(PY) tools/notebooks.py run
 
-experiments: $(ENV) ## run the long experiments again (CHAPTER=cells for one chapter's)
+experiments: $(ENV) ## run what is missing of the long experiments (CHAPTER=cells for one chapter's)
 	$(PY) -m attn_notes.training.experiments $(CHAPTER)
 
 lab: $(ENV)     ## open the notebooks in Jupyter
 	$(PY) -m jupyter lab --notebook-dir nbs
 
-bench: $(ENV)   ## time the package beside torch's own layers
+bench: $(ENV)   ## time the package beside the reference libraries
 	.venv/bin/attn-notes bench
+
+# On a machine with an accelerator there may be no network to build .venv with: any Python that has torch will do.
+gpu:            ## check and time every model on the accelerator that is here
+	$(if $(wildcard $(ENV)),$(PY),python3) -m attn_notes.zoo.gpu
 
 clean:          ## remove what the checks and builds leave behind; .venv and docs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .cache

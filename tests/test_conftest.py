@@ -1,4 +1,5 @@
-"""The tests' own ground: shapes are checked, except where a test asks to see what a user sees."""
+"""The tests' own ground: shapes are checked, except where a test asks to see what a
+user sees."""
 
 import jaxtyping
 import pytest

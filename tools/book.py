@@ -1,4 +1,5 @@
-"""The book as data: which notebooks there are, in which order they are read, and what their directives say."""
+"""The book as data: which notebooks there are, in which order they are read, and what
+their directives say."""
 
 import ast
 import re
@@ -10,7 +11,8 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The reading order: part, then its chapters. A pattern takes the notebooks that stand nowhere above it.
+# The reading order: part, then its chapters. A pattern takes the notebooks that stand
+# nowhere above it.
 READING = [
     ("Sequences before attention", ["sequence/01_*", "sequence/02_*", "sequence/03_*"]),
     ("Foundations", ["foundations/*"]),
@@ -33,7 +35,8 @@ DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 
 @dataclass
 class Cell:
-    """A code or markdown cell: its source without directives, the directives, and the heading it stands under."""
+    """A code or markdown cell: its source without directives, the directives, and the
+    heading it stands under."""
 
     id: str
     kind: str
@@ -59,7 +62,8 @@ class Cell:
 
 @dataclass
 class Notebook:
-    """One chapter: `name` is its path below nbs/ without the suffix, as in sequence/01_cells."""
+    """One chapter: `name` is its path below nbs/ without the suffix, as in
+    sequence/01_cells."""
 
     path: Path
     name: str
@@ -133,7 +137,8 @@ def read_notebook(path: Path, nbs: Path) -> Notebook:
 
 
 def notebook_paths(nbs: Path) -> list[Path]:
-    """Every notebook of the book; folders and files beginning with _ or . are no part of it."""
+    """Every notebook of the book; folders and files beginning with _ or . are no part
+    of it."""
     return [
         p
         for p in sorted(nbs.rglob("*.ipynb"))
@@ -146,7 +151,8 @@ def read_book(root: Path = ROOT) -> list[Notebook]:
 
 
 def offered_names(notebooks: list[Notebook]) -> list[str]:
-    """What `attn_notes` itself offers: the names that its top notebook takes from the modules."""
+    """What `attn_notes` itself offers: the names that its top notebook takes from the
+    modules."""
     top = [n for n in notebooks if n.module == "__init__"]
     return [
         alias.name
@@ -160,7 +166,8 @@ def offered_names(notebooks: list[Notebook]) -> list[str]:
 
 
 def reading_order(names: list[str]) -> list[tuple[str, list[str]]]:
-    """The parts with the chapters that exist, in reading order; a chapter that has no place is an error."""
+    """The parts with the chapters that exist, in reading order; a chapter that has no
+    place is an error."""
     left = sorted(set(names) - {"index"})
     parts = []
     for part, patterns in READING:

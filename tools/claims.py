@@ -23,8 +23,8 @@ BY_KIND = {
     "question": "answered",
     "experiment": None,
 }
-COMPUTED = ("confirmed", "contradicted", "not seen at this scale")
-VERDICT_FUNCTIONS = ("verdict", "weakest")
+COMPUTED = ("confirmed", "opposite at this scale", "not seen at this scale")
+VERDICT_FUNCTIONS = ("verdict", "least_favourable")
 VERDICT_MODULE = "attn_notes.training.experiments"
 
 
@@ -42,7 +42,8 @@ class Claim:
 
 
 def called(node: ast.AST) -> str:
-    """The name of the function that this expression calls, without what stands before the last dot."""
+    """The name of the function that this expression calls, without what stands before
+    the last dot."""
     if not isinstance(node, ast.Call):
         return ""
     return (
@@ -72,9 +73,10 @@ def is_literal(node: ast.AST) -> bool:
 
 
 def is_verdict_call(node: ast.AST) -> bool:
-    """`verdict(low, high, ...)` of computed bounds, or `weakest(...)` of such calls."""
+    """`verdict(low, high, ...)` of computed bounds, or `least_favourable(...)` of such
+    calls."""
     name = called(node)
-    if name == "weakest":
+    if name == "least_favourable":
         return bool(node.args) and all(
             is_verdict_call(argument) for argument in node.args
         )
@@ -90,7 +92,8 @@ def is_verdict_call(node: ast.AST) -> bool:
 
 
 def computes_verdict(cell: Cell) -> bool:
-    """Whether the cell's value is a verdict that the cell computes: a call, or a name assigned once from one."""
+    """Whether the cell's value is a verdict that the cell computes: a call, or a name
+    assigned once from one."""
     last = cell.tree.body[-1] if cell.tree.body else None
     if not isinstance(last, ast.Expr):
         return False
@@ -114,7 +117,8 @@ def computes_verdict(cell: Cell) -> bool:
 
 
 def redefines_verdict(notebook: Notebook) -> bool:
-    """Whether a notebook puts something else under the name of a verdict function, or takes it from elsewhere."""
+    """Whether a notebook puts something else under the name of a verdict function, or
+    takes it from elsewhere."""
     if notebook.full_module == VERDICT_MODULE:
         return False
     for cell in notebook.code():
@@ -154,7 +158,8 @@ def shown_value(cell: Cell) -> str:
 def read_claims(
     root: Path = ROOT, notebooks: list[Notebook] | None = None
 ) -> tuple[list[Claim], list[str]]:
-    """Every claim with its verdict, in the order of claims.yaml, and what is wrong, one line each."""
+    """Every claim with its verdict, in the order of claims.yaml, and what is wrong, one
+    line each."""
     notebooks = read_book(root) if notebooks is None else notebooks
     names = {notebook.name for notebook in notebooks}
     claims, problems = {}, []
@@ -218,43 +223,29 @@ def read_claims(
     return list(claims.values()), problems
 
 
+def tally(claims: list[Claim]) -> str:
+    """How many of the claims reached each verdict: 7 confirmed, 2 corrected."""
+    verdicts = [claim.verdict or "open" for claim in claims]
+    known = (*COMPUTED, "corrected", "answered", "open")
+    return ", ".join(f"{verdicts.count(one)} {one}" for one in known if one in verdicts)
+
+
 def chapter_table(root: Path = ROOT):
-    """The book's chapters with what was verified in each, for the home page: a Markdown table that Jupyter shows."""
+    """The chapters that test statements, with the verdicts reached in each, for the
+    home page: a Markdown table that Jupyter shows."""
     from IPython.display import Markdown
 
     notebooks = {notebook.name: notebook for notebook in read_book(root)}
     claims, _ = read_claims(root, list(notebooks.values()))
-    rows = ["| chapter | what was verified |", "|---|---|"]
-    for part, names in reading_order(list(notebooks)):
-        tested = [
-            name
-            for name in names
-            if any(claim.due and claim.chapter == name for claim in claims)
-        ]
-        for name in tested:
-            verdicts = [
-                claim.verdict or "open" for claim in claims if claim.chapter == name
-            ]
-            tally = ", ".join(
-                f"{verdicts.count(verdict)} {verdict}"
-                for verdict in dict.fromkeys(
-                    [*COMPUTED, "corrected", "answered", "open"]
-                )
-                if verdict in verdicts
-            )
-            count = "1 claim" if len(verdicts) == 1 else f"{len(verdicts)} claims"
-            rows.append(
-                f"| [{notebooks[name].title}]({name}.ipynb) | {count}: {tally} |"
-            )
-        others = ", ".join(
-            f"[{notebooks[name].title}]({name}.ipynb)"
-            for name in names
-            if name not in tested
-        )
-        if others:
-            rows.append(
-                f"| {part}: {others} | no claims of the notes; tests in `tests/` |"
-            )
+    rows = ["| chapter | statements tested | verdicts |", "|---|---|---|"]
+    for _, names in reading_order(list(notebooks)):
+        for name in names:
+            here = [claim for claim in claims if claim.due and claim.chapter == name]
+            if here:
+                link = f"[{notebooks[name].title}]({name}.ipynb)"
+                rows.append(f"| {link} | {len(here)} | {tally(here)} |")
+    due = [claim for claim in claims if claim.due]
+    rows.append(f"| **all** | **{len(due)}** | {tally(due)} |")
     return Markdown("\n".join(rows))
 
 

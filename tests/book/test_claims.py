@@ -1,15 +1,17 @@
-"""Every claim that is due has one cell that asserts it, and no verdict is written by hand."""
+"""Every claim that is due has one cell that asserts it, and no verdict is written by
+hand."""
 
 import nbformat
 import pytest
 from book import read_book
 from claims import BY_KIND, COMPUTED, read_claims
 
-IMPORT = "from attn_notes.training.experiments import verdict, weakest"
+IMPORT = "from attn_notes.training.experiments import least_favourable, verdict"
 
 
 def test_the_book():
-    """The claims of the book: nothing missing, nothing unknown, nothing without an assertion or a verdict."""
+    """The claims of the book: nothing missing, nothing unknown, nothing without an
+    assertion or a verdict."""
     claims, problems = read_claims()
     assert not problems, "\n".join(problems)
     due = [claim for claim in claims if claim.due]
@@ -53,7 +55,7 @@ ASSERT = "assert low > 0\n"
         "verdict(low, high, 0.1)",
         "verdict(low, high=high, margin=0.1)",
         "outcome = verdict(low, high, 0.1)\noutcome",
-        "weakest(verdict(low, high, 0.1), verdict(a[0], a[1], 0.1))",
+        "least_favourable(verdict(low, high, 0.1), verdict(a[0], a[1], 0.1))",
         "experiments.verdict(*bounds, high, margin=1)",
         "verdict(*interval(a), margin=1)",
     ],
@@ -79,8 +81,8 @@ def test_computed_verdicts(tmp_path, ending):
         "outcome = 'confirmed'\noutcome",
         "outcome = verdict(low, high, 1)\noutcome = 'confirmed'\noutcome",
         "if low > 0:\n    outcome = verdict(low, high, 1)\noutcome",
-        "weakest('confirmed')",
-        "weakest()",
+        "least_favourable('confirmed')",
+        "least_favourable()",
         "verdict(low, high, 1), 'confirmed'",
     ],
 )
@@ -126,9 +128,9 @@ def test_verdict_by_kind(tmp_path, kind):
         tmp_path,
         "#| claim: a\n" + ASSERT + "verdict(low, high, 1)",
         rows=row,
-        shown="'contradicted'",
+        shown="'opposite at this scale'",
     )
-    assert verdicts["a"] == "contradicted"
+    assert verdicts["a"] == "opposite at this scale"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""docs/ and README.md are what the committed notebooks build to, byte for byte: a stale page fails, and so does an unstable build."""
+"""docs/ and README.md are what the committed notebooks build to, byte for byte: a stale
+page fails, and so does an unstable build."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""The notebooks are clean and stored with their outputs, and the re-run notices what it must."""
+"""The notebooks are clean and stored with their outputs, and the re-run notices what it
+must."""
 
 import json
 import os
@@ -29,7 +30,8 @@ def test_the_book_has_a_reading_order():
     "path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs"))
 )
 def test_clean(path):
-    """No execution counts or stray metadata, no errors or warnings, outputs where a cell ends in a value, nothing private."""
+    """No execution counts or stray metadata, no errors or warnings, outputs where a
+    cell ends in a value, nothing private."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stat().st_size < LARGEST
@@ -143,7 +145,8 @@ def test_stored_outputs_pass(small_book):
     ],
 )
 def test_changed_output_fails(small_book, tmp_path, old, new):
-    """A digit, a Chinese character, a shape or a sign changed in a stored output is noticed."""
+    """A digit, a Chinese character, a shape or a sign changed in a stored output is
+    noticed."""
     shutil.copytree(small_book, tmp_path, dirs_exist_ok=True)
     notebook = json.loads((tmp_path / "small.ipynb").read_text(encoding="utf-8"))
     changed = 0
@@ -161,7 +164,8 @@ def test_changed_output_fails(small_book, tmp_path, old, new):
 
 
 def test_missing_output_fails(small_book, tmp_path):
-    """A cell that shows something and is stored without it is noticed, although its execution count is dropped."""
+    """A cell that shows something and is stored without it is noticed, although its
+    execution count is dropped."""
     shutil.copytree(small_book, tmp_path, dirs_exist_ok=True)
     notebook = nbformat.read(tmp_path / "small.ipynb", as_version=4)
     notebook.cells[1].outputs = []

@@ -72,7 +72,8 @@ def test_one_version():
 
 
 def test_make_bench_runs_the_command_line():
-    """A module run with -m that has nothing to run ends quietly, and so did make bench, once."""
+    """A module run with -m that has nothing to run ends quietly, and so did make bench,
+    once."""
     command = subprocess.run(
         ["make", "-n", "--no-print-directory", "bench"],
         cwd=ROOT,

@@ -1,4 +1,5 @@
-"""What the directives of a cell become on its page, and what the reference says of a definition."""
+"""What the directives of a cell become on its page, and what the reference says of a
+definition."""
 
 import ast
 import json
@@ -25,11 +26,10 @@ def staged(tmp_path):
         ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
         notebook = read_notebook(path, tmp_path)
-        claims = {
-            "a": Claim(
-                "a", "identity", "h_{t-1} < 1", "shown", "part/01_x", True, "confirmed"
-            )
-        }
+        claim = Claim(
+            "a", "identity", "$h_{t-1} < 1$", "shown", "part/01_x", True, "confirmed"
+        )
+        claims = {"a": claim} if notebook.claims() else {}
         return json.loads(stage.stage_notebook(notebook, claims))["cells"][1:], notebook
 
     return make
@@ -82,11 +82,11 @@ def test_exported_cell_says_where_it_goes(staged):
 
 
 def test_claim_cell_carries_its_verdict(staged):
-    strip, cell = staged("#| claim: a\nassert x")[0]
+    strip, cell, _ = staged("#| claim: a\nassert x")[0]
     assert (
         'id="claim-a"' in strip["source"]
         and "confirmed" in strip["source"]
-        and "<i>h</i><sub>t-1</sub> &lt; 1" in strip["source"]
+        and "\\(h_{t-1} &lt; 1\\)" in strip["source"]
     )
 
 
@@ -123,16 +123,20 @@ def test_signatures(source, signature):
     ) == signature
 
 
-def test_patched_methods_join_their_class(staged):
+def test_methods_stand_with_their_class(staged):
     _, notebook = staged(
         "#| default_exp part.x",
-        "#| export\nclass A:\n    'The class.'",
-        "#| export\n@patch\ndef go(self: A, n: int) -> int:\n    'Goes.'",
+        "#| export\nclass A:\n    'The class.'\n\n    def go(self, n: int) -> int:\n        'Goes.'",
     )
     (a,) = reference.find_symbols([notebook])["part.x"]
-    assert [m.signature for m in a.methods] == ["go(n: int) -> int"] and a.methods[
-        0
-    ].defined_as == "A.go"
+    assert [m.signature for m in a.methods] == ["go(n: int) -> int"]
+    assert a.methods[0].defined_as == "A"
+
+
+def test_a_chapter_ends_in_its_statements(staged):
+    cells, _ = staged("#| claim: a\nassert x")
+    assert cells[-1]["source"].startswith("## What the notes say")
+    assert "#claim-a" in cells[-1]["source"] and "confirmed" in cells[-1]["source"]
 
 
 def test_names_in_code_are_linked_but_not_attributes_or_keywords():

@@ -1,4 +1,5 @@
-"""The wheel, as a user gets it: built, installed into a clean environment, imported, used."""
+"""The wheel, as a user gets it: built, installed into a clean environment, imported,
+used."""
 
 import json
 import os
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 from book import ROOT
@@ -53,12 +56,39 @@ def test_contents(wheel):
     assert all(name.startswith(("attn_notes/", "attn_notes-")) for name in names)
 
 
+def closure(*names: str) -> set[str]:
+    """These distributions and all that they need here, by their normal names."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in found:
+            continue
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # of another system
+            continue
+        found.add(name)
+        waiting += [
+            re.match(r"[\w.-]+", need)[0] for need in needs if "extra ==" not in need
+        ]
+    return found
+
+
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """The interpreter of a clean environment with the wheel in it, and torch as the constraints say."""
+    """The interpreter of a clean environment with the wheel in it. torch and what it
+    needs, several gigabytes, are linked from here; the rest is installed."""
     folder = tmp_path_factory.mktemp("clean")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = str(folder / "bin" / "python")
+    place = next(folder.glob("lib/python*/site-packages"))
+    for name in closure("torch", "torchvision"):
+        files = metadata.files(name) or []
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            source = Path(metadata.distribution(name).locate_file(top))
+            if source.exists() and not (place / top).exists():
+                (place / top).symlink_to(source)
     subprocess.run(
         [
             python,
@@ -105,7 +135,7 @@ def test_package(python, tmp_path):
 import json, sys, torch, attn_notes as an
 name = an.list_models()[0]
 small = dict(an.model_info(name).tiny)
-output = an.create_model(name, **small).eval()(*an.example_inputs(name, batch_size=2, **small))
+output = an.create_model(name, **small).eval()(**an.example_inputs(name, batch_size=2, **small))
 print(json.dumps([an.__version__, an.list_models(), an.__file__, list(output.shape), sorted({"matplotlib", "sklearn"} & set(sys.modules))]))
 """
     result = run(python, "-c", code, cwd=tmp_path)

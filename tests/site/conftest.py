@@ -1,4 +1,5 @@
-"""A real browser on the committed site. A reader without Chromium skips these tests; continuous integration fails without."""
+"""A real browser on the committed site. A reader without Chromium skips these tests;
+continuous integration fails without."""
 
 import os
 import shutil
@@ -47,7 +48,8 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, address):
-    """Open a page of the site: open_page(name, width, theme). What goes wrong on it is collected in page.problems."""
+    """Open a page of the site: open_page(name, width, theme). What goes wrong on it is
+    collected in page.problems."""
     contexts = []
 
     def open_page(name, width=1280, theme="light", path=None):

@@ -1,4 +1,5 @@
-"""The Sphinx extension of the book: identifiers in code link to the reference, Chinese words are found, colours of code."""
+"""The Sphinx extension of the book: identifiers in code link to the reference, Chinese
+words are found, colours of code."""
 
 import json
 import re
@@ -61,7 +62,8 @@ class Dark(Style):
 
 
 class BookEnglish(SearchEnglish):
-    """English, and each Chinese run of characters with all its pairs, so that a word inside a sentence is found."""
+    """English, and each Chinese run of characters with all its pairs, so that a word
+    inside a sentence is found."""
 
     def split(self, text: str) -> list[str]:
         words = super().split(text)
@@ -83,7 +85,8 @@ MEMBER = re.compile(
 
 
 def link_names(body: str, links: dict[str, str], root: str) -> str:
-    """The code of a page with the names in `links` linked to the reference; attributes and keyword arguments are left alone."""
+    """The code of a page with the names in `links` linked to the reference; attributes
+    and keyword arguments are left alone."""
 
     def link(match: re.Match) -> str:
         name, before = match["name"], match["before"] or ""
@@ -110,17 +113,23 @@ def link_names(body: str, links: dict[str, str], root: str) -> str:
     )
 
 
-LABEL = re.compile(r"\b(eq-[a-z0-9-]+)\b(?![^<]*>)")
+LABEL = re.compile(r"\(?\b(eq-[a-z0-9-]+)\b(?![^<]*>)\)?")
 
 
-def link_equations(body: str, equations: dict[str, tuple[str, int]], root: str) -> str:
-    """The code of a page with the labels of equations, as docstrings name them, linked to the equations."""
+def link_equations(
+    body: str, equations: dict[str, tuple[str, int]], here: str, titles: dict
+) -> str:
+    """The code of a page with the labels of equations, as docstrings name them,
+    replaced by their numbers and linked; an equation of another page says which."""
+    root = "../" * here.count("/")
 
     def link(match: re.Match) -> str:
         if match[1] not in equations:
             return match[0]
         page, number = equations[match[1]]
-        return f'<a class="code-link" href="{root}{page}.html#equation-{match[1]}" title="equation ({number})">{match[1]}</a>'
+        title = "" if page == here or page not in titles else titles[page].astext()
+        where = f"{number}, {title}" if title else f"{number}"
+        return f'(<a class="code-link" href="{root}{page}.html#equation-{match[1]}">{where}</a>)'
 
     return HIGHLIGHT.sub(
         lambda block: block[1] + LABEL.sub(link, block[2]) + block[3], body
@@ -134,13 +143,19 @@ def on_page(app, pagename, templatename, context, doctree):
             context["body"], app.config.attn_code_links.get(pagename, {}), root
         )
         context["body"] = link_equations(
-            context["body"], app.env.get_domain("math").equations, root
+            context["body"],
+            app.env.get_domain("math").equations,
+            pagename,
+            app.env.titles,
         )
 
 
 def number_equations(app, doctree):
     """Equations count from one on every page, as a reader of a chapter expects."""
-    equations = app.env.get_domain("math").equations
+    domain = app.env.get_domain("math")
+    equations = domain.equations
+    if any('class="math' in node.astext() for node in doctree.findall(nodes.raw)):
+        domain.data["has_equations"][app.env.current_document.docname] = True
     labelled = [node for node in doctree.findall(nodes.math_block) if node.get("label")]
     for number, node in enumerate(labelled, 1):
         node["number"] = number

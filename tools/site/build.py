@@ -18,12 +18,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from book import ROOT, Notebook, offered_names, read_book, reading_order
-from claims import read_claims
-from reference import Symbol, api_pages, claims_page, find_symbols, models_page
-from stage import stage_notebook
+from book import ROOT, Notebook, offered_names, read_book, reading_order  # noqa: E402
+from claims import read_claims  # noqa: E402
+from reference import Symbol, api_pages, claims_page, find_symbols, models_page  # noqa: E402
+from stage import nested_contents, stage_notebook  # noqa: E402
 
-REFERENCE = ["notation", "models", "claims", "api/index"]
+REFERENCE = ["notation", "models", "claims", "workshop", "api/index"]
 # What the theme brings and this site does not use.
 UNUSED = (
     "*.map",
@@ -45,7 +45,8 @@ UNUSED = (
 def code_links(
     notebooks: list[Notebook], modules: dict[str, list[Symbol]]
 ) -> dict[str, dict[str, str]]:
-    """For every page, the names in its code that the reference explains: those that it imports and those that it defines."""
+    """For every page, the names in its code that the reference explains: those that it
+    imports and those that it defines."""
     places = {
         module: {s.name: s.page for s in symbols} for module, symbols in modules.items()
     }
@@ -81,6 +82,39 @@ def code_links(
     for module, names in places.items():
         links[f"api/{module}"] = everywhere | names
     return links
+
+
+WORKSHOP = """# The workshop
+
+How the book's models are trained, on which data, and how the package finds, checks and times them. A reader of the chapters needs none of it.
+"""
+
+
+def grouped(
+    parts: list[tuple[str, list[str]]], titles: dict[str, str]
+) -> tuple[list[tuple[str, list[str]]], str, dict[str, tuple[str, ...]]]:
+    """The sidebar: chapters by part with the workshop as one entry; the workshop's
+    page; the evidence pages below each chapter."""
+    names = {name for _, chapters in parts for name in chapters}
+    below = {
+        name: (f"{name}_evidence",) for name in names if f"{name}_evidence" in names
+    }
+    shown, workshop, inside = [], WORKSHOP, []
+    for part, chapters in parts:
+        own = [
+            n
+            for n in chapters
+            if not n.endswith("_evidence") or n.removesuffix("_evidence") not in names
+        ]
+        if part.startswith("Workshop: "):
+            workshop += f"\n## {part.removeprefix('Workshop: ').capitalize()}\n\n"
+            workshop += "\n".join(f"- [{titles[n]}]({n}.ipynb)" for n in own) + "\n"
+            inside += own
+        else:
+            shown.append((part, own))
+    if inside:
+        workshop += "\n" + nested_contents(inside) + "\n"
+    return shown, workshop if inside else "", below
 
 
 def toctrees(parts: list[tuple[str, list[str]]], extra: list[str]) -> str:
@@ -127,7 +161,10 @@ def stage(root: Path, source: Path) -> None:
         if c.kind == "markdown"
         for label in re.findall(r"\$\$\s*\((eq-[\w-]+)\)", c.source)
     }
+    titles = {n.name: n.title for n in notebooks}
+    parts, workshop, below = grouped(parts, titles)
     generated = {
+        **({"workshop": workshop} if workshop else {}),
         "claims": claims_page(claims, notebooks),
         "models": models_page(notebooks),
         **api_pages(notebooks, modules, equations),
@@ -139,7 +176,7 @@ def stage(root: Path, source: Path) -> None:
     for notebook in notebooks:
         target = source / f"{notebook.name}.ipynb"
         target.parent.mkdir(parents=True, exist_ok=True)
-        page = json.loads(stage_notebook(notebook, by_id))
+        page = json.loads(stage_notebook(notebook, by_id, below.get(notebook.name, ())))
         if notebook.name == "index":
             page["cells"].append(
                 nbformat.v4.new_markdown_cell(toctrees(parts, extra), id="contents")
@@ -152,7 +189,8 @@ def stage(root: Path, source: Path) -> None:
     )
 
 
-# Scripts that the theme puts on every page and no page but the search needs; icons come from a font, see book.css.
+# Scripts that the theme puts on every page and no page but the search needs; icons come
+# from a font, see book.css.
 NEEDLESS = [
     re.compile(r'\s*<script[^>]*src="[^"]*/fontawesome\.js[^"]*"></script>'),
     re.compile(r'\s*<meta name="docsearch:[^>]*>'),
@@ -185,7 +223,8 @@ def trim(output: Path) -> None:
 
 
 def build_site(output: Path, root: Path = ROOT) -> None:
-    """Build the site of the project in `root` into the new folder `output`; a warning is an error."""
+    """Build the site of the project in `root` into the new folder `output`; a warning
+    is an error."""
     from sphinx.cmd.build import build_main
 
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +258,8 @@ def build_site(output: Path, root: Path = ROOT) -> None:
 
 
 def readme(root: Path = ROOT) -> str:
-    """The home page as README.md: outputs included, directives and hidden cells left out."""
+    """The home page as README.md: outputs included, directives and hidden cells left
+    out."""
     import nbformat
     from nbconvert import MarkdownExporter
 

@@ -1,4 +1,5 @@
-"""Sphinx configuration of the site. build.py stages the pages and runs Sphinx with this file."""
+"""Sphinx configuration of the site. build.py stages the pages and runs Sphinx with this
+file."""
 
 import configparser
 import sys

@@ -1,4 +1,5 @@
-"""The pages that no notebook writes: the API reference, the claims, the table of models."""
+"""The pages that no notebook writes: the API reference, the claims, the table of
+models."""
 
 import ast
 import re
@@ -7,14 +8,16 @@ from html import escape
 
 from book import Notebook, offered_names
 from claims import Claim
-from stage import badge, patched_class, slug, statement, up
+from stage import badge, slug, statement, up
 
-# ---------------------------------------------------------------- the package, as its notebooks define it
+# ---------------------------------------------------------------- the package, as its
+# notebooks define it
 
 
 @dataclass
 class Symbol:
-    """A public function or class: where it is defined and what its reference entry says."""
+    """A public function or class: where it is defined and what its reference entry
+    says."""
 
     name: str
     module: str  # foundations.attention
@@ -23,7 +26,8 @@ class Symbol:
     kind: str  # function, class or method
     signature: str
     doc: str
-    defined_as: str  # the name of the cell that defines it: the class, for a method written inside one
+    # the name of the cell that defines it: the class, for a method written inside one
+    defined_as: str
     methods: list["Symbol"] = field(default_factory=list)
 
     @property
@@ -52,12 +56,17 @@ def argument_list(arguments: ast.arguments, drop_self: bool) -> list[str]:
 
     plain = arguments.posonlyargs + arguments.args
     defaults = [None] * (len(plain) - len(arguments.defaults)) + arguments.defaults
-    shown = [text(*pair) for pair in zip(plain, defaults)][int(drop_self) :]
+    shown = [text(*pair) for pair in zip(plain, defaults, strict=True)][
+        int(drop_self) :
+    ]
     if arguments.vararg:
         shown.append("*" + text(arguments.vararg))
     elif arguments.kwonlyargs:
         shown.append("*")
-    shown += [text(*pair) for pair in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    shown += [
+        text(*pair)
+        for pair in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    ]
     return shown + (["**" + text(arguments.kwarg)] if arguments.kwarg else [])
 
 
@@ -100,80 +109,56 @@ def class_signature(node: ast.ClassDef) -> str:
     return f"{node.name}({', '.join(map(ast.unparse, node.bases))})"
 
 
+def methods_of(node: ast.ClassDef, here: dict[str, str]) -> list[Symbol]:
+    """The public methods of a class, in order."""
+    return [
+        Symbol(
+            f"{node.name}.{method.name}",
+            **here,
+            kind="method",
+            doc=ast.get_docstring(method) or "",
+            signature=signature_of(method, method.name, drop_self=True),
+            defined_as=node.name,
+        )
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
+    ]
+
+
 def find_symbols(notebooks: list[Notebook]) -> dict[str, list[Symbol]]:
-    """Every public symbol of the package by module, in the order in which the notebooks define them."""
-    modules: dict[str, list[Symbol]] = {}
+    """Every public symbol of the package by module, in the order in which the notebooks
+    define them."""
+    modules: dict[str, dict[str, Symbol]] = {}
     for notebook in notebooks:
-        for cell in notebook.code():
-            if not cell.exports or not notebook.module:
-                continue
+        for cell in (c for c in notebook.code() if c.exports and notebook.module):
+            here = {
+                "module": notebook.module,
+                "notebook": notebook.name,
+                "section": cell.section,
+            }
             for node in cell.tree.body:
-                if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                    continue
-                owner = patched_class(node)
-                if node.name.startswith("_") and not (
-                    owner and node.name == "__init__"
-                ):
-                    continue
-                here = dict(
-                    module=notebook.module, notebook=notebook.name, section=cell.section
-                )
-                doc = ast.get_docstring(node) or ""
-                if owner:
-                    known = next(
-                        (
-                            s
-                            for symbols in modules.values()
-                            for s in symbols
-                            if s.name == owner
-                        ),
-                        None,
-                    )
-                    if known and node.name == "__init__":
-                        known.signature = signature_of(node, owner, drop_self=True)
-                    elif known:
-                        known.methods.append(
-                            Symbol(
-                                f"{owner}.{node.name}",
-                                **here | {"module": known.module},
-                                kind="method",
-                                signature=signature_of(node, node.name, drop_self=True),
-                                doc=doc,
-                                defined_as=f"{owner}.{node.name}",
-                            )
-                        )
+                if not isinstance(
+                    node, (ast.FunctionDef, ast.ClassDef)
+                ) or node.name.startswith("_"):
                     continue
                 is_class = isinstance(node, ast.ClassDef)
-                symbol = Symbol(
+                modules.setdefault(notebook.module, {})[node.name] = Symbol(
                     node.name,
                     **here,
                     kind="class" if is_class else "function",
-                    doc=doc,
+                    doc=ast.get_docstring(node) or "",
                     defined_as=node.name,
                     signature=class_signature(node)
                     if is_class
                     else signature_of(node, node.name),
+                    methods=methods_of(node, here) if is_class else [],
                 )
-                if is_class:
-                    symbol.methods = [
-                        Symbol(
-                            f"{node.name}.{m.name}",
-                            **here,
-                            kind="method",
-                            doc=ast.get_docstring(m) or "",
-                            signature=signature_of(m, m.name, drop_self=True),
-                            defined_as=node.name,
-                        )
-                        for m in node.body
-                        if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")
-                    ]
-                symbols = modules.setdefault(notebook.module, [])
-                symbols[:] = [s for s in symbols if s.name != symbol.name] + [symbol]
-    return modules
+    return {module: list(symbols.values()) for module, symbols in modules.items()}
 
 
 def prose(doc: str, equations: set[str]) -> str:
-    """A docstring as Markdown: code in backticks and maths as they are; a label of an equation becomes its number."""
+    """A docstring as Markdown: code in backticks and maths as they are; a label of an
+    equation becomes its number."""
     text = re.sub(
         r"\(?\b(eq-[\w-]+)\b\)?",
         lambda m: f"{{eq}}`{m[1]}`" if m[1] in equations else m[0],
@@ -188,7 +173,8 @@ def prose(doc: str, equations: set[str]) -> str:
 
 
 def entry(symbol: Symbol, equations: set[str], level: int) -> list[str]:
-    """One symbol of the reference: heading, where it is defined, signature, docstring, methods."""
+    """One symbol of the reference: heading, where it is defined, signature, docstring,
+    methods."""
     title = symbol.name.split(".")[-1]
     here = f"{up('api/x')}{symbol.notebook}.html#def-{symbol.defined_as}"
     lines = [
@@ -266,7 +252,8 @@ def api_pages(
 
 
 def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
-    """Every statement of the notes that this book tests, with its verdict and the cell that reaches it."""
+    """Every statement of the notes that this book tests, with its verdict and the cell
+    that reaches it."""
     titles = {n.name: n.title for n in notebooks}
     due = [c for c in claims if c.due]
     counts = {
@@ -276,7 +263,7 @@ def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
             "corrected",
             "answered",
             "not seen at this scale",
-            "contradicted",
+            "opposite at this scale",
             "",
         )
     }
@@ -319,23 +306,21 @@ def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
 
 
 def models_page(notebooks: list[Notebook]) -> str:
-    """The registry as a table: every name, its size, the paper's own figures, the checkpoints that it reads."""
+    """The registry as a table: every name, its size, the paper's own figures, the
+    checkpoints that it reads."""
+    from attn_notes.zoo.registry import list_models, model_info
+
     lines = [
         "# Models",
         "",
         "Every name that `attn_notes.create_model` knows, with its exact number of parameters beside the figures that the paper prints.",
         "",
     ]
-    try:
-        from attn_notes.zoo.registry import list_models, model_info
-
-        models = [model_info(name) for name in list_models()]
-    except ImportError:
-        models = []
+    models = [model_info(name) for name in list_models()]
     titles = {n.name: n.title for n in notebooks}
     for task in dict.fromkeys(m.task for m in models):
         lines += [
-            f"## {task.capitalize()}",
+            f"## {task.replace('_', ' ').capitalize()}",
             "",
             '<div class="pst-scrollable-table-container"><table class="table models"><thead><tr><th>Name</th><th>Paper</th>'
             '<th class="number">Parameters</th><th>Figures of the paper</th><th>Reads</th><th>Chapter</th></tr></thead><tbody>',
@@ -343,22 +328,13 @@ def models_page(notebooks: list[Notebook]) -> str:
         for m in (m for m in models if m.task == task):
             figures = "<br>".join(
                 f"{escape(str(k).replace('_', ' '))}: {escape(f'{v:,}' if isinstance(v, int) else str(v))}"
-                for k, v in m.figures.items()
+                for k, v in m.reported.items()
             )
-            layouts = ", ".join(
-                [
-                    "attn_notes",
-                    *(getattr(layout, "name", str(layout)) for layout in m.layouts),
-                ]
-            )
-            chapter = (
-                f'<a href="{m.chapter}.html">{escape(titles[m.chapter])}</a>'
-                if m.chapter in titles
-                else escape(m.chapter)
-            )
+            formats = ", ".join(["attn_notes", *(one.name for one in m.formats)])
+            chapter = f'<a href="{m.chapter}.html">{escape(titles[m.chapter])}</a>'
             lines.append(
                 f'<tr><td><code>{m.name}</code></td><td>{escape(m.paper)}</td><td class="number">{m.parameters:,}</td>'
-                f"<td>{figures}</td><td>{escape(layouts)}</td><td>{chapter}</td></tr>"
+                f"<td>{figures}</td><td>{escape(formats)}</td><td>{chapter}</td></tr>"
             )
         lines += ["</tbody></table></div>", ""]
     return "\n".join(lines)

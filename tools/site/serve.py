@@ -1,4 +1,5 @@
-"""Serve docs/ on this machine and print the address.  python tools/site/serve.py [--port 8000]"""
+"""Serve docs/ on this machine and print the address.  python tools/site/serve.py
+[--port 8000]"""
 
 import argparse
 import functools

@@ -30,11 +30,14 @@ def badge(verdict: str) -> str:
 
 
 def statement(text: str) -> str:
-    """A row of claims.yaml as HTML: h_{t-1} with its index below the line."""
-    return re.sub(
-        r"(?<![\w`])([A-Za-z])_(?:\{([^}]+)\}|(\w+))",
-        r"<i>\1</i><sub>\2\3</sub>",
-        escape(text),
+    """A row of claims.yaml as HTML: what stands between $ signs becomes a formula that
+    the page's MathJax sets."""
+    parts = re.split(r"\$([^$]+)\$", text)
+    return "".join(
+        f'<span class="math notranslate nohighlight">\\({escape(part)}\\)</span>'
+        if index % 2
+        else escape(part, quote=False)
+        for index, part in enumerate(parts)
     )
 
 
@@ -45,36 +48,20 @@ def only_imports(cell: Cell) -> bool:
 
 
 def defined_names(cell: Cell) -> list[str]:
-    """The public names that an exported cell defines; a patched method as Class.method."""
+    """The public names that an exported cell defines."""
     names = []
     for node in cell.tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            owner = patched_class(node)
-            names.append(f"{owner}.{node.name}" if owner else node.name)
+            names.append(node.name)
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names += [t.id for t in targets if isinstance(t, ast.Name)]
-    return [name for name in names if not name.split(".")[-1].startswith("_")]
-
-
-def patched_class(node: ast.AST) -> str:
-    """The class that a method marked @patch belongs to; empty for everything else."""
-    if not isinstance(node, ast.FunctionDef):
-        return ""
-    decorators = {
-        ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list
-    }
-    if (
-        not decorators & {"patch", "patch_to"}
-        or not node.args.args
-        or node.args.args[0].annotation is None
-    ):
-        return ""
-    return ast.unparse(node.args.args[0].annotation).strip("'\"")
+    return [name for name in names if not name.startswith("_")]
 
 
 def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str:
-    """What stands above a cell: its claim with verdict, or the module that it goes to; empty for other cells."""
+    """What stands above a cell: its claim with verdict, or the module that it goes to;
+    empty for other cells."""
     parts = []
     claim = claims.get(cell.directives.get("claim", ""))
     if claim:
@@ -108,8 +95,37 @@ def page_tags(cell: Cell) -> list[str]:
     return tags
 
 
-def stage_notebook(notebook: Notebook, claims: dict[str, Claim]) -> str:
-    """The notebook as the site shows it, as JSON."""
+def statements_table(notebook: Notebook, claims: dict[str, Claim]) -> str:
+    """The statements of this chapter with their verdicts, each linked to its cell;
+    empty when the chapter has none."""
+    rows = []
+    for claim in claims.values():
+        if claim.chapter == notebook.name and claim.due:
+            cell = f"{up(notebook.name)}{claim.notebook}.html#claim-{claim.id}"
+            rows.append(
+                f"<tr><td>{statement(claim.says)}</td>"
+                f'<td><a href="{cell}">{badge(claim.verdict)}</a></td></tr>'
+            )
+    if not rows:
+        return ""
+    return (
+        "## What the notes say\n\n"
+        '<table class="table statements"><thead><tr><th>Statement</th><th>Verdict, '
+        f"and the cell behind it</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def nested_contents(pages: list[str]) -> str:
+    """The pages that the sidebar shows below this one."""
+    entries = "\n".join(f"/{name}" for name in pages)
+    return f"```{{toctree}}\n:hidden:\n\n{entries}\n```"
+
+
+def stage_notebook(
+    notebook: Notebook, claims: dict[str, Claim], below: tuple[str, ...] = ()
+) -> str:
+    """The notebook as the site shows it, as JSON; `below` are the pages that belong to
+    it."""
     page = nbformat.read(notebook.path, as_version=4)
     cells = []
     for raw, cell in zip(page.cells, notebook.cells, strict=True):
@@ -139,6 +155,9 @@ def stage_notebook(notebook: Notebook, claims: dict[str, Claim]) -> str:
             }
         raw.metadata["mystnb"] = shown
         cells.append(raw)
+    ending = statements_table(notebook, claims), below and nested_contents(list(below))
+    for index, text in enumerate(filter(None, ending)):
+        cells.append(nbformat.v4.new_markdown_cell(text, id=f"ending-{index}"))
     page.cells = cells
     page.metadata = {
         "kernelspec": {

@@ -1,0 +1,122 @@
+"""Each part of the package imports only from the parts below it, and a model's module
+nothing that trains, reads data or measures."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from book import ROOT
+
+PARTS = [
+    "foundations",
+    "zoo",
+    "training",
+    "data",
+    "sequence",
+    "language",
+    "vision",
+    "detection",
+    "segmentation",
+    "efficient",
+    "cli",
+]
+CHAPTERS = PARTS[PARTS.index("sequence") : PARTS.index("cli")]
+ALLOWED_IN_A_MODEL = (
+    "foundations",
+    "zoo.registry",
+    "zoo.formats",
+    "zoo.hub",
+    "training.losses",
+    "training.recipes",
+)
+# A chapter may build on the chapters that its paper builds on, and on no other.
+ANCESTORS = {
+    "sequence.encoder_decoder": (),
+    "sequence.cells": (),
+    "sequence.seq2seq": ("sequence.cells", "sequence.encoder_decoder"),
+    "sequence.convs2s": ("sequence.encoder_decoder",),
+    "sequence.transformer": ("sequence.encoder_decoder",),
+}
+
+
+def imports(path: Path, package: Path) -> list[str]:
+    """The modules of the package that a module imports, anywhere in it, as in
+    foundations.masks."""
+    parts = path.relative_to(package).with_suffix("").parts
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = (
+                ["attn_notes", *parts[: len(parts) - node.level]] if node.level else []
+            )
+            module = ".".join([*above, *filter(None, [node.module])])
+            found += [module] + [f"{module}.{alias.name}" for alias in node.names]
+    return [
+        name.removeprefix("attn_notes.")
+        for name in found
+        if name.startswith("attn_notes.")
+    ]
+
+
+def faults(package: Path) -> list[str]:
+    """Every import that points the wrong way, a line each."""
+    wrong = []
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(path.relative_to(package).with_suffix("").parts)
+        part = module.split(".")[0]
+        if part not in PARTS or path.name == "__init__.py":
+            continue
+        model = part in CHAPTERS and not module.endswith("_evidence")
+        for name in imports(path, package):
+            other = name.split(".")[0]
+            if other not in PARTS:
+                continue
+            higher = PARTS.index(other) > PARTS.index(part)
+            known = (*ALLOWED_IN_A_MODEL, *ANCESTORS.get(module, ()), module)
+            strange = model and not name.startswith(known)
+            evidence = name.split(".")[-1].endswith("_evidence") and not (
+                module.endswith("_evidence")
+            )
+            if higher or strange or evidence:
+                wrong.append(f"attn_notes.{module} imports {name}")
+    return wrong
+
+
+def test_every_import_points_down():
+    assert not faults(ROOT / "attn_notes")
+
+
+@pytest.mark.parametrize(
+    "module, line",
+    [
+        ("foundations/masks", "from ..zoo.registry import model_info"),
+        ("training/loop", "from attn_notes.data.tasks import create_task"),
+        ("training/loop", "def f():\n    from ..data import tasks"),
+        ("sequence/transformer", "from ..training.loop import train"),
+        ("sequence/transformer", "from .seq2seq import Seq2SeqConfig"),
+        ("sequence/transformer", "from .transformer_evidence import RACE"),
+        ("sequence/convs2s", "import attn_notes.zoo.benchmark"),
+    ],
+)
+def test_a_planted_import_is_noticed(tmp_path, module, line):
+    path = tmp_path / f"{module}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    assert faults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "module, line",
+    [
+        ("sequence/transformer", "from .encoder_decoder import EncoderDecoder"),
+        ("sequence/transformer_evidence", "from ..training.loop import train"),
+        ("data/tasks", "from ..training.losses import token_cross_entropy"),
+    ],
+)
+def test_an_import_that_points_down_is_none(tmp_path, module, line):
+    path = tmp_path / f"{module}.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    assert not faults(tmp_path)
