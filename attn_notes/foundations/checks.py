@@ -2,12 +2,15 @@
 
 # %% auto #0
 __all__ = ['ConfigError', 'InputError', 'CheckpointError', 'CheckpointWarning', 'check_ids', 'check_features', 'check_mask_shape',
-           'check_divides', 'check_positive', 'check_probability', 'check_choice', 'check_id_values', 'check_mask_rows',
-           'Output']
+           'check_divides', 'check_positive', 'check_probability', 'check_choice', 'unknown_name_error',
+           'require_package', 'check_id_values', 'check_mask_rows', 'Output']
 
 # %% ../../nbs/foundations/00_checks.ipynb #54035309
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointWarning(UserWarning):
-    "Weights that were read, but not completely used: the message lists what was skipped or newly initialised."
+    "Weights that were read, but not completely used: the message lists what was skipped or newly initialized."
 
 # %% ../../nbs/foundations/00_checks.ipynb #22f0d5fd
 def _came(x: Any) -> str:
@@ -37,7 +40,7 @@ def _came(x: Any) -> str:
     return type(x).__name__
 
 # %% ../../nbs/foundations/00_checks.ipynb #906c8b64
-def check_ids(ids: Tensor, name: str = "source") -> None:
+def check_ids(ids: Tensor, name: str = "input_ids") -> None:
     "`InputError` unless `ids` is a non-empty integer tensor (b n). Reads no data."
     whole = isinstance(ids, Tensor) and not (
         ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
@@ -125,8 +128,34 @@ def check_choice(choices: tuple[str, ...], **values: str) -> None:
                 f"{name} must be one of {', '.join(choices)}; got {value!r}"
             )
 
+# %% ../../nbs/foundations/00_checks.ipynb #0c207198
+def unknown_name_error(what: str, given: str, allowed: Iterable[str]) -> ConfigError:
+    "The error for a name that is not among the allowed ones, with the nearest of them."
+    allowed = sorted(allowed)
+    close = get_close_matches(given, allowed, n=2, cutoff=0.6)
+    hint = (
+        f"did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else f"there are: {', '.join(allowed) or 'none'}"
+    )
+    return ConfigError(f"unknown {what} {given!r}; {hint}")
+
+
+def require_package(package: str, extra: str) -> Path:
+    """The folder of an installed package. Raises `ConfigError`, naming the extra that
+    brings it, when it is absent."""
+    found = find_spec(package)
+    if found is None:
+        raise ConfigError(
+            f"this needs the package {package}, which is not installed: "
+            f"pip install 'attn_notes[{extra}]'"
+        )
+    if found.submodule_search_locations:
+        return Path(found.submodule_search_locations[0])
+    return Path(found.origin).parent
+
 # %% ../../nbs/foundations/00_checks.ipynb #c90befc7
-def check_id_values(ids: Tensor, vocab_size: int, name: str = "source") -> None:
+def check_id_values(ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
     "`InputError` unless every id is in 0 ... vocab_size - 1. Reads data: for the edges, not for a forward pass."
     low, high = ids.min().item(), ids.max().item()
     if low < 0 or high >= vocab_size:
