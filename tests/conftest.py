@@ -1,7 +1,9 @@
-"""What every test runs under: shapes checked, one thread, no network, the same examples every time.
+"""What every test runs under: shapes checked, one thread, no network, the same
+examples every time.
 
-The signatures of `attn_notes` are checked by jaxtyping and beartype while the tests run. A test marked `no_shapes` sees
-the functions as a user does, unchecked: bad input must then meet the package's own errors.
+The signatures of `attn_notes` are checked by jaxtyping and beartype while the tests
+run. A test marked `no_shapes` sees the functions as a user does, unchecked: bad input
+must then meet the package's own errors.
 """
 
 import os

@@ -1,11 +1,13 @@
-"""The claims of the notes, the cells that test them, and the verdict that each cell reaches.
+"""The claims of the notes, the cells that test them, and the verdict of each cell.
 
-    python tools/claims.py      list the claims with verdict and cell; exit code 1 when something is wrong
+    python tools/claims.py      list the claims; exit code 1 when something is wrong
 
-A claim is a row of nbs/claims.yaml below the chapter that tests it, and is due once that chapter's notebook exists. The
-cell that tests it starts with `#| claim: id` and asserts. Its verdict follows from the kind of the row, except where the
-cell's last expression is `verdict(...)` of attn_notes.training.experiments, as it must be for an experiment: then the
-verdict is what the cell shows, which the re-run of the notebooks keeps true.
+A claim is a row of nbs/claims.yaml below the chapter that tests it, and is due once
+that chapter's notebook exists. The cell that tests it starts with `#| claim: id` and
+asserts. Its verdict follows from the kind of the row, except where the cell's last
+expression is `verdict(...)` of attn_notes.training.experiments, as it must be for an
+experiment: then the verdict is what the cell shows, which the re-run of the notebooks
+keeps true.
 """
 
 import ast
@@ -169,14 +171,16 @@ def read_claims(
         for row in rows:
             if row["id"] in claims or row["kind"] not in BY_KIND:
                 problems.append(
-                    f"claims.yaml: {row['id']} stands there twice, or its kind {row['kind']!r} is none of {', '.join(BY_KIND)}"
+                    f"claims.yaml: {row['id']} stands there twice, or its kind "
+                    f"{row['kind']!r} is none of {', '.join(BY_KIND)}"
                 )
             claims[row["id"]] = Claim(**row, chapter=chapter, due=chapter in names)
 
     for notebook in notebooks:
         if notebook.claims() and redefines_verdict(notebook):
             problems.append(
-                f"{notebook.name}: verdict must be the function of {VERDICT_MODULE}, and nothing else may take its name"
+                f"{notebook.name}: verdict must be the function of {VERDICT_MODULE}, "
+                "and nothing else may take its name"
             )
         for cell in notebook.claims():
             id = cell.directives["claim"]
@@ -191,7 +195,8 @@ def read_claims(
                 )
             if not claim.due:
                 problems.append(
-                    f"{where}: claims.yaml files it under {claim.chapter}, which does not exist"
+                    f"{where}: claims.yaml files it under {claim.chapter}, which does "
+                    "not exist"
                 )
             if not asserts(cell):
                 problems.append(f"{where}: the cell asserts nothing that it computes")
@@ -202,18 +207,21 @@ def read_claims(
                 claim.verdict = shown if shown in COMPUTED else ""
                 if not claim.verdict:
                     problems.append(
-                        f"{where}: the stored verdict {shown!r} is none of {', '.join(COMPUTED)}; run the notebook"
+                        f"{where}: the stored verdict {shown!r} is none of "
+                        f"{', '.join(COMPUTED)}; run the notebook"
                     )
                 if (
                     "timing" in cell.directives
                     or cell.directives.get("eval") == "false"
                 ):
                     problems.append(
-                        f"{where}: a cell whose output is not compared can give no verdict"
+                        f"{where}: a cell whose output is not compared can give no "
+                        "verdict"
                     )
             elif claim.kind == "experiment":
                 problems.append(
-                    f"{where}: the cell of an experiment ends in verdict(low, high, ...) of computed bounds"
+                    f"{where}: the cell of an experiment ends in verdict(low, high, "
+                    "...) of computed bounds"
                 )
     problems += [
         f"{c.chapter}: no cell for claim {c.id}"
@@ -228,6 +236,31 @@ def tally(claims: list[Claim]) -> str:
     verdicts = [claim.verdict or "open" for claim in claims]
     known = (*COMPUTED, "corrected", "answered", "open")
     return ", ".join(f"{verdicts.count(one)} {one}" for one in known if one in verdicts)
+
+
+def main_chapters(notebooks: list[Notebook]) -> list[Notebook]:
+    """The chapters that a newcomer is shown: those of the papers, without their
+    evidence pages and without the workshop."""
+    by_name = {notebook.name: notebook for notebook in notebooks}
+    return [
+        by_name[name]
+        for part, names in reading_order(list(by_name))
+        for name in names
+        if not part.startswith(("Workshop", "Foundations"))
+        and not name.endswith("_evidence")
+    ]
+
+
+def chapter_list(root: Path = ROOT):
+    """The papers' chapters with a sentence each: Markdown that Jupyter shows. The site
+    puts a picture to each."""
+    from IPython.display import Markdown
+
+    rows = [
+        f"- [{notebook.title}]({notebook.name}.ipynb): {notebook.summary}"
+        for notebook in main_chapters(read_book(root))
+    ]
+    return Markdown("\n".join(rows))
 
 
 def chapter_table(root: Path = ROOT):
@@ -254,7 +287,8 @@ def main() -> int:
     for claim in claims:
         if claim.due:
             print(
-                f"{claim.id:26} {claim.kind:11} {claim.verdict or '-':24} {claim.notebook}"
+                f"{claim.id:26} {claim.kind:11} {claim.verdict or '-':24} "
+                f"{claim.notebook}"
             )
     print(*problems, sep="\n", file=sys.stderr)
     return bool(problems)

@@ -1,10 +1,11 @@
 """Run the notebooks and store what they show.
 
-    python tools/notebooks.py run [NOTEBOOK ...]      execute in place, clean, export  (default: all of nbs/)
+    python tools/notebooks.py run [NOTEBOOK ...]      execute in place, clean, export
     python tools/notebooks.py export [NOTEBOOK ...]   export only
 
-A notebook is executed in its own folder's kernel, top to bottom; execution counts and volatile metadata are dropped,
-so running twice gives the same bytes.
+Without notebooks, all of nbs/. A notebook is executed in its own folder's kernel, top
+to bottom; execution counts and volatile metadata are dropped, so running twice gives
+the same bytes.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def slim(svg: str) -> str:
 
 
 def execute(path: Path) -> float:
-    """Execute one notebook in place; seconds it took. The file is written only when every cell ran."""
+    """Execute one notebook in place; seconds it took. The file is written only when
+    every cell ran."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -99,7 +101,8 @@ def execute(path: Path) -> float:
 
 
 def export(paths: list[Path], root: Path = ROOT) -> None:
-    """Write the modules that these notebooks export; without notebooks, the whole package of a project."""
+    """Write the modules that these notebooks export; without notebooks, the whole
+    package of a project."""
     from nbdev.config import add_init
     from nbdev.doclinks import nbdev_export
     from nbdev.export import nb_export

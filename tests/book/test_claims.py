@@ -40,7 +40,8 @@ def problems_of(
         )
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     (tmp_path / "nbs" / "claims.yaml").write_text(
-        f"part/01_x:\n{rows}\nlater/02_y:\n- {{id: b, kind: figure, says: s, show: s}}\n"
+        f"part/01_x:\n{rows}\nlater/02_y:\n- {{id: b, kind: figure, says: s, show: "
+        f"s}}\n"
     )
     claims, problems = read_claims(tmp_path, read_book(tmp_path))
     return {claim.id: claim.verdict for claim in claims}, problems

@@ -21,8 +21,10 @@ def fresh(tmp_path_factory):
     """A second build, in another folder and another process."""
     folder = tmp_path_factory.mktemp("site")
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import build; from pathlib import Path; out = Path(sys.argv[2]); "
-        "build.build_site(out / 'docs'); (out / 'README.md').write_text(build.readme(), encoding='utf-8')"
+        "import sys; sys.path.insert(0, sys.argv[1]); import build; from pathlib "
+        "import Path; out = Path(sys.argv[2]); "
+        "build.build_site(out / 'docs'); (out / "
+        "'README.md').write_text(build.readme(), encoding='utf-8')"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "tools" / "site"), str(folder)],

@@ -98,7 +98,10 @@ def small_book(tmp_path_factory):
         cells=[nbformat.v4.new_code_cell(source) for source in CELLS.values()]
     )
     nbformat.write(notebook, folder / "small.ipynb")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import notebooks; notebooks.execute(Path(sys.argv[2]))"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; "
+        "import notebooks; notebooks.execute(Path(sys.argv[2]))"
+    )
     subprocess.run(
         [sys.executable, "-c", code, str(ROOT / "tools"), str(folder / "small.ipynb")],
         check=True,

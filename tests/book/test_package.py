@@ -33,11 +33,13 @@ def test_export_is_the_committed_package(tmp_path):
     )
     exported, committed = modules(tmp_path / "attn_notes"), modules(ROOT / "attn_notes")
     assert sorted(exported) == sorted(committed), (
-        "modules without a notebook, or notebooks not exported: run tools/notebooks.py export"
+        "modules without a notebook, or notebooks not exported: run "
+        "tools/notebooks.py export"
     )
     stale = [name for name in exported if exported[name] != committed[name]]
     assert not stale, (
-        f"these modules are not what their notebooks export; run tools/notebooks.py export: {stale}"
+        "these modules are not what their notebooks export; run tools/notebooks.py "
+        f"export: {stale}"
     )
 
 

@@ -126,7 +126,8 @@ def test_signatures(source, signature):
 def test_methods_stand_with_their_class(staged):
     _, notebook = staged(
         "#| default_exp part.x",
-        "#| export\nclass A:\n    'The class.'\n\n    def go(self, n: int) -> int:\n        'Goes.'",
+        "#| export\nclass A:\n    'The class.'\n\n    def go(self, n: int) -> int:\n  "
+        "      'Goes.'",
     )
     (a,) = reference.find_symbols([notebook])["part.x"]
     assert [m.signature for m in a.methods] == ["go(n: int) -> int"]
@@ -141,8 +142,11 @@ def test_a_chapter_ends_in_its_statements(staged):
 
 def test_names_in_code_are_linked_but_not_attributes_or_keywords():
     code = (
-        '<div class="highlight-ipython3 notranslate"><div class="highlight"><pre><span class="n">f</span><span class="p">(</span><span class="n">f</span><span class="o">=</span>'
-        '<span class="n">x</span><span class="o">.</span><span class="n">f</span></pre></div>'
+        '<div class="highlight-ipython3 notranslate"><div class="highlight"><pre>'
+        '<span class="n">f</span><span class="p">(</span><span class="n">f</span>'
+        '<span class="o">=</span>'
+        '<span class="n">x</span><span class="o">.</span><span class="n">f</span>'
+        "</pre></div>"
     )
     linked = attn_site.link_names(code, {"f": "api/m.html#f"}, "../")
     assert linked.count(

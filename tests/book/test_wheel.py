@@ -17,7 +17,7 @@ from book import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of what a clone holds, so that the build leaves nothing behind."""
+    """Built from a copy of what a clone holds: the build leaves nothing behind."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(
         ROOT / "attn_notes",
@@ -135,14 +135,16 @@ def test_package(python, tmp_path):
 import json, sys, torch, attn_notes as an
 name = an.list_models()[0]
 small = dict(an.model_info(name).tiny)
-output = an.create_model(name, **small).eval()(**an.example_inputs(name, batch_size=2, **small))
-print(json.dumps([an.__version__, an.list_models(), an.__file__, list(output.shape), sorted({"matplotlib", "sklearn"} & set(sys.modules))]))
+model, inputs = an.create_model(name, **small), an.example_inputs(name, **small)
+output = model.eval()(**inputs)
+heavy = sorted({"matplotlib", "sklearn"} & set(sys.modules))
+print(json.dumps([an.__version__, an.list_models(), an.__file__, len(output), heavy]))
 """
     result = run(python, "-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    version, models, place, shape, heavy = json.loads(result.stdout)
+    version, models, place, rows, heavy = json.loads(result.stdout)
     assert version == wheel_version() and models and not heavy
-    assert shape[0] == 2 and str(ROOT / "attn_notes") not in place
+    assert rows == 2 and str(ROOT / "attn_notes") not in place
 
 
 def test_command_line(python, tmp_path):

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools" / "site")]
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update "
     "--disable-sync --disable-dev-shm-usage"
 ).split()
 
@@ -83,7 +84,9 @@ def open_page(browser, address):
         )
         page.goto(address + name, wait_until="load")
         page.wait_for_function(
-            "!window.MathJax || !window.MathJax.startup || window.MathJax.startup.document && MathJax.startup.promise.then(() => true)"
+            "!window.MathJax || !window.MathJax.startup || "
+            "window.MathJax.startup.document && MathJax.startup.promise.then(() => "
+            "true)"
         )
         return page
 

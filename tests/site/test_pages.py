@@ -83,12 +83,15 @@ def overflow(page) -> list[str]:
     return page.evaluate("""() => {
         const W = document.documentElement.clientWidth;
         if (document.documentElement.scrollWidth <= W) return [];
-        return [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > W + 1)
-            .map(e => e.tagName + '.' + e.className + ' ' + (e.textContent || '').slice(0, 60)).slice(0, 5);
+        return [...document.querySelectorAll('main *')]
+            .filter(e => e.getBoundingClientRect().right > W + 1)
+            .map(e => `${e.tagName}.${e.className} ${e.textContent.slice(0, 60)}`)
+            .slice(0, 5);
     }""") or (
         []
         if page.evaluate(
-            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+            "document.documentElement.scrollWidth <= "
+            "document.documentElement.clientWidth"
         )
         else ["the page scrolls sideways"]
     )
@@ -103,11 +106,13 @@ def test_page(name, open_page):
     formulas = page.evaluate("document.querySelectorAll('.math').length")
     if formulas:
         page.wait_for_function(
-            "document.querySelectorAll('.math mjx-container svg').length >= document.querySelectorAll('.math').length"
+            "document.querySelectorAll('.math mjx-container svg').length >= "
+            "document.querySelectorAll('.math').length"
         )
     assert (
         page.evaluate(
-            "document.querySelectorAll('mjx-container [data-mjx-error], mjx-merror').length"
+            "document.querySelectorAll('mjx-container [data-mjx-error], "
+            "mjx-merror').length"
         )
         == 0
     )
@@ -141,16 +146,19 @@ def test_theme(name, theme, open_page):
     on a light card either way."""
     page = open_page(name, theme=theme)
     ink, paper = page.evaluate(
-        "(() => { const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]; })()"
+        "(() => { const s = getComputedStyle(document.body); return [s.color, "
+        "s.backgroundColor]; })()"
     )
     difference = luminance(paper) - luminance(ink)
     assert difference > 0.6 if theme == "light" else difference < -0.6
     for card in page.evaluate(
-        "[...document.querySelectorAll('.cell_output img')].map(i => getComputedStyle(i).backgroundColor)"
+        "[...document.querySelectorAll('.cell_output img')].map(i => "
+        "getComputedStyle(i).backgroundColor)"
     ):
         assert card.endswith(", 0)"), card
     for code in page.evaluate(
-        "[...document.querySelectorAll('.highlight')].slice(0, 5).map(e => getComputedStyle(e).backgroundColor)"
+        "[...document.querySelectorAll('.highlight')].slice(0, 5).map(e => "
+        "getComputedStyle(e).backgroundColor)"
     ):
         assert (
             luminance(code) > 0.9

@@ -73,11 +73,14 @@ class BookEnglish(SearchEnglish):
 
 
 HIGHLIGHT = re.compile(
-    r'(<div class="highlight-(?:ipython3|python)[^"]*"><div class="highlight"><pre>)(.*?)(</pre></div>)',
+    r'(<div class="highlight-(?:ipython3|python)[^"]*"><div class="highlight"><pre>'
+    r")(.*?)(</pre></div>)",
     re.DOTALL,
 )
 NAME = re.compile(
-    r'(?P<before><span class="o">\.</span>|<span class="k">(?:class|def)</span><span class="w"> </span>)?<span class="(?P<kind>n|nc|nf|nn|nd|ne)">(?P<name>\w+)</span>(?!<span class="o">=</span>)'
+    r'(?P<before><span class="o">\.</span>|<span class="k">(?:class|def)</span><span '
+    r'class="w"> </span>)?<span class="(?P<kind>n|nc|nf|nn|nd|ne)">(?P<name>'
+    r'\w+)</span>(?!<span class="o">=</span>)'
 )
 MEMBER = re.compile(
     r'<span class="n">(\w+)</span><span class="o">\.</span><span class="n">(\w+)</span>'
@@ -92,7 +95,10 @@ def link_names(body: str, links: dict[str, str], root: str) -> str:
         name, before = match["name"], match["before"] or ""
         if name not in links or before.endswith(".</span>"):
             return match[0]
-        return f'{before}<a class="code-link" href="{root}{links[name]}"><span class="{match["kind"]}">{name}</span></a>'
+        return (
+            f'{before}<a class="code-link" href="{root}{links[name]}"><span '
+            f'class="{match["kind"]}">{name}</span></a>'
+        )
 
     def link_member(match: re.Match) -> str:
         page = links.get(f"{match[1]}.{match[2]}")
@@ -101,7 +107,8 @@ def link_names(body: str, links: dict[str, str], root: str) -> str:
             if page is None
             else match[0].replace(
                 f'<span class="n">{match[2]}</span>',
-                f'<a class="code-link" href="{root}{page}"><span class="n">{match[2]}</span></a>',
+                f'<a class="code-link" href="{root}{page}"><span class="n">'
+                f"{match[2]}</span></a>",
             )
         )
 
@@ -129,7 +136,10 @@ def link_equations(
         page, number = equations[match[1]]
         title = "" if page == here or page not in titles else titles[page].astext()
         where = f"{number}, {title}" if title else f"{number}"
-        return f'(<a class="code-link" href="{root}{page}.html#equation-{match[1]}">{where}</a>)'
+        return (
+            f'(<a class="code-link" href="{root}{page}.html#equation-{match[1]}">'
+            f"{where}</a>)"
+        )
 
     return HIGHLIGHT.sub(
         lambda block: block[1] + LABEL.sub(link, block[2]) + block[3], body

@@ -13,13 +13,14 @@ import re
 import shutil
 import sys
 import tempfile
+from html import escape
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from book import ROOT, Notebook, offered_names, read_book, reading_order  # noqa: E402
-from claims import read_claims  # noqa: E402
+from claims import main_chapters, read_claims  # noqa: E402
 from reference import Symbol, api_pages, claims_page, find_symbols, models_page  # noqa: E402
 from stage import nested_contents, stage_notebook  # noqa: E402
 
@@ -86,7 +87,8 @@ def code_links(
 
 WORKSHOP = """# The workshop
 
-How the book's models are trained, on which data, and how the package finds, checks and times them. A reader of the chapters needs none of it.
+How the book's models are trained, on which data, and how the package finds, checks
+and times them. A reader of the chapters needs none of it.
 """
 
 
@@ -115,6 +117,39 @@ def grouped(
     if inside:
         workshop += "\n" + nested_contents(inside) + "\n"
     return shown, workshop if inside else "", below
+
+
+def thumbnails(notebooks: list[Notebook]) -> dict[str, str]:
+    """The first picture of every notebook that has one, as SVG, by its name."""
+    found = {}
+    for notebook in notebooks:
+        for cell in notebook.code():
+            for output in cell.outputs:
+                picture = output.get("data", {}).get("image/svg+xml")
+                if picture and "hide" not in cell.directives:
+                    found.setdefault(notebook.name, "".join(picture))
+    return found
+
+
+def thumbnail(name: str) -> str:
+    """Where the picture of a notebook stands in docs/."""
+    return f"_images/first/{name.replace('/', '-')}.svg"
+
+
+def gallery(notebooks: list[Notebook]) -> str:
+    """The chapters as cards with a picture each."""
+    pictures, cards = thumbnails(notebooks), []
+    for notebook in main_chapters(notebooks):
+        picture = (
+            f'<img src="{thumbnail(notebook.name)}" alt="" loading="lazy">'
+            if notebook.name in pictures
+            else ""
+        )
+        cards.append(
+            f'<a href="{notebook.name}.html">{picture}<b>{escape(notebook.title)}</b>'
+            f"<small>{escape(notebook.summary)}</small></a>"
+        )
+    return f'<div class="gallery">{"".join(cards)}</div>'
 
 
 def toctrees(parts: list[tuple[str, list[str]]], extra: list[str]) -> str:
@@ -178,6 +213,13 @@ def stage(root: Path, source: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         page = json.loads(stage_notebook(notebook, by_id, below.get(notebook.name, ())))
         if notebook.name == "index":
+            cards = [c.id for c in notebook.code() if "gallery" in c.directives]
+            page["cells"] = [
+                nbformat.v4.new_markdown_cell(gallery(notebooks), id=cell["id"])
+                if cell["id"] in cards
+                else cell
+                for cell in page["cells"]
+            ]
             page["cells"].append(
                 nbformat.v4.new_markdown_cell(toctrees(parts, extra), id="contents")
             )
@@ -196,7 +238,8 @@ NEEDLESS = [
     re.compile(r'\s*<meta name="docsearch:[^>]*>'),
 ]
 SEARCH_ONLY = re.compile(
-    r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>'
+    r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*">'
+    r"</script>"
 )
 
 
@@ -254,6 +297,9 @@ def build_site(output: Path, root: Path = ROOT) -> None:
             root
         ):  # what a reader downloads is the notebook itself
             shutil.copy(notebook.path, output / "_sources" / f"{notebook.name}.ipynb")
+        (output / "_images" / "first").mkdir(parents=True, exist_ok=True)
+        for name, picture in thumbnails(read_book(root)).items():
+            (output / thumbnail(name)).write_text(picture, encoding="utf-8")
         (output / ".nojekyll").touch()
 
 
@@ -268,7 +314,11 @@ def readme(root: Path = ROOT) -> str:
     for cell in page.cells:
         if "remove-input" in cell.metadata.get("tags", []):
             cell.transient = {"remove_source": True}
+        for output in cell.get("outputs", []):  # the picture stands in docs/ already
+            if output.get("data", {}).pop("image/svg+xml", None):
+                output.data = {"text/markdown": f"![]({thumbnail('index')})"}
     text, _ = MarkdownExporter().from_notebook_node(page)
+    text = text.replace("](_images/", "](docs/_images/")
     text = re.sub(
         r"(\]\()(?!https?:|#)([^)\s]+\.(?:ipynb|md|png|svg|yaml))", r"\1nbs/\2", text
     )
@@ -290,7 +340,8 @@ def main() -> int:
         sum(p.stat().st_size for p in (root / "docs").rglob("*") if p.is_file()) / 1e6
     )
     print(
-        f"docs/ built: {len(list((root / 'docs').rglob('*.html')))} pages, {size:.1f} MB; open docs/index.html"
+        f"docs/ built: {len(list((root / 'docs').rglob('*.html')))} pages, {size:.1f} "
+        "MB; open docs/index.html"
     )
     return 0
 

@@ -33,7 +33,10 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 numfig = True
 math_numfig = False
 math_eqref_format = "({number})"
-copybutton_selector = "div.cell_input div.highlight pre, article div.highlight-python > div.highlight pre, article div.highlight-bash > div.highlight pre"
+copybutton_selector = (
+    "div.cell_input div.highlight pre, article div.highlight-python > div.highlight "
+    "pre, article div.highlight-bash > div.highlight pre"
+)
 
 html_theme = "sphinx_book_theme"
 html_title = project

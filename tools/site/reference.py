@@ -182,7 +182,8 @@ def entry(symbol: Symbol, equations: set[str], level: int) -> list[str]:
         "",
         f"{'#' * level} {title}",
         "",
-        f'<p class="api-defined"><span>{symbol.kind}</span> Defined in <a href="{here}">{escape(symbol.section)}</a></p>',
+        f'<p class="api-defined"><span>{symbol.kind}</span> Defined in <a '
+        f'href="{here}">{escape(symbol.section)}</a></p>',
         "",
         "```python",
         symbol.signature,
@@ -206,7 +207,8 @@ def api_pages(
         [
             "# API reference",
             "",
-            "Everything that the package exports, from the notebooks that define it. Each entry links to the section that explains it.",
+            "Everything that the package exports, from the notebooks that define it. "
+            "Each entry links to the section that explains it.",
             "",
         ],
     )
@@ -229,13 +231,16 @@ def api_pages(
             [
                 "# " + notebook.full_module.replace("_", "\\_"),
                 "",
-                f"From the chapter [{notebook.title}]({up('api/x')}{notebook.name}.ipynb). {notebook.summary}",
+                "From the chapter "
+                f"[{notebook.title}]({up('api/x')}{notebook.name}.ipynb). "
+                f"{notebook.summary}",
                 "",
                 *entries,
             ]
         )
         lines += [
-            f'<p class="api-module"><a href="{notebook.module}.html"><strong>{notebook.full_module}</strong></a><br>{", ".join(names)}</p>',
+            f'<p class="api-module"><a href="{notebook.module}.html"><strong>'
+            f"{notebook.full_module}</strong></a><br>{', '.join(names)}</p>",
             "",
         ]
     contents = [
@@ -271,8 +276,10 @@ def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
     lines = [
         "# Claims",
         "",
-        "Every statement of the source notes that a chapter tests, with its verdict. The verdict is that of a cell, which fails when "
-        "its assertion does not hold; an experiment's verdict is computed from the measured interval, not written down.",
+        "Every statement of the source notes that a chapter tests, with its verdict. "
+        "The verdict is that of a cell, which fails when "
+        "its assertion does not hold; an experiment's verdict is computed from the "
+        "measured interval, not written down.",
         "",
         f'<p class="claims-tally">{tally}</p>',
         "",
@@ -281,13 +288,17 @@ def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
         lines += [f"## {titles[chapter]}", "", '<div class="claims">']
         for claim in (c for c in due if c.chapter == chapter):
             where = (
-                f'<a href="{claim.notebook}.html#claim-{claim.id}">{escape(claim.section)}</a>'
+                f'<a href="{claim.notebook}.html#claim-{claim.id}">'
+                f"{escape(claim.section)}</a>"
                 if claim.notebook
                 else "no cell yet"
             )
             lines.append(
-                f'<div class="claim-row {slug(claim.verdict)}" id="{claim.id}"><div>{badge(claim.verdict)}<small>{claim.kind}</small></div>'
-                f'<div><p class="says">{statement(claim.says)}</p><p class="show">{statement(claim.show)}</p></div><div class="where">{where}</div></div>'
+                f'<div class="claim-row {slug(claim.verdict)}" id="{claim.id}"><div>'
+                f"{badge(claim.verdict)}<small>{claim.kind}</small></div>"
+                f'<div><p class="says">{statement(claim.says)}</p><p class="show">'
+                f'{statement(claim.show)}</p></div><div class="where">{where}</div>'
+                "</div>"
             )
         lines += ["</div>", ""]
     later = [c for c in claims if not c.due]
@@ -296,7 +307,8 @@ def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
         lines += [
             "## To come",
             "",
-            f"<details><summary>{len(later)} statements that belong to chapters not yet written</summary><ul>{rows}</ul></details>",
+            f"<details><summary>{len(later)} statements that belong to chapters not "
+            f"yet written</summary><ul>{rows}</ul></details>",
             "",
         ]
     return "\n".join(lines)
@@ -313,7 +325,8 @@ def models_page(notebooks: list[Notebook]) -> str:
     lines = [
         "# Models",
         "",
-        "Every name that `attn_notes.create_model` knows, with its exact number of parameters beside the figures that the paper prints.",
+        "Every name that `attn_notes.create_model` knows, with its exact number of "
+        "parameters beside the figures that the paper prints.",
         "",
     ]
     models = [model_info(name) for name in list_models()]
@@ -322,18 +335,22 @@ def models_page(notebooks: list[Notebook]) -> str:
         lines += [
             f"## {task.replace('_', ' ').capitalize()}",
             "",
-            '<div class="pst-scrollable-table-container"><table class="table models"><thead><tr><th>Name</th><th>Paper</th>'
-            '<th class="number">Parameters</th><th>Figures of the paper</th><th>Reads</th><th>Chapter</th></tr></thead><tbody>',
+            '<div class="pst-scrollable-table-container"><table class="table models">'
+            "<thead><tr><th>Name</th><th>Paper</th>"
+            '<th class="number">Parameters</th><th>Figures of the paper</th><th>'
+            "Reads</th><th>Chapter</th></tr></thead><tbody>",
         ]
         for m in (m for m in models if m.task == task):
             figures = "<br>".join(
-                f"{escape(str(k).replace('_', ' '))}: {escape(f'{v:,}' if isinstance(v, int) else str(v))}"
+                f"{escape(str(k).replace('_', ' '))}: "
+                f"{escape(f'{v:,}' if isinstance(v, int) else str(v))}"
                 for k, v in m.reported.items()
             )
             formats = ", ".join(["attn_notes", *(one.name for one in m.formats)])
             chapter = f'<a href="{m.chapter}.html">{escape(titles[m.chapter])}</a>'
             lines.append(
-                f'<tr><td><code>{m.name}</code></td><td>{escape(m.paper)}</td><td class="number">{m.parameters:,}</td>'
+                f"<tr><td><code>{m.name}</code></td><td>{escape(m.paper)}</td><td "
+                f'class="number">{m.parameters:,}</td>'
                 f"<td>{figures}</td><td>{escape(formats)}</td><td>{chapter}</td></tr>"
             )
         lines += ["</tbody></table></div>", ""]

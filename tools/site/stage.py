@@ -1,7 +1,8 @@
-"""From a notebook to the page that Sphinx reads: the directives become what the page shows.
+"""From a notebook to the page that Sphinx reads: directives become what it shows.
 
-A cell marked hide vanishes; the other `#|` lines vanish from its source. An exported cell says which module it goes to, a
-claim cell carries the statement that it tests and the verdict, both as a strip above the cell that links can point at.
+A cell marked hide vanishes; the other `#|` lines vanish from its source. An exported
+cell says which module it goes to, a claim cell carries the statement that it tests and
+the verdict, both as a strip above the cell that links can point at.
 """
 
 import ast
@@ -66,15 +67,18 @@ def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str
     claim = claims.get(cell.directives.get("claim", ""))
     if claim:
         parts.append(
-            f'<div class="cell-strip claim" id="claim-{claim.id}"><a href="{up(notebook.name)}claims.html#{claim.id}" '
-            f'title="All claims">{badge(claim.verdict)}</a><span>{statement(claim.says)}</span></div>'
+            f'<div class="cell-strip claim" id="claim-{claim.id}"><a '
+            f'href="{up(notebook.name)}claims.html#{claim.id}" '
+            f'title="All claims">{badge(claim.verdict)}</a><span>'
+            f"{statement(claim.says)}</span></div>"
         )
     if cell.exports and notebook.module and not only_imports(cell):
         anchors = "".join(
             f'<span id="def-{name}"></span>' for name in defined_names(cell)
         )
         parts.append(
-            f'<div class="cell-strip exported">{anchors}<a href="{up(notebook.name)}api/{notebook.module}.html">'
+            f'<div class="cell-strip exported">{anchors}<a '
+            f'href="{up(notebook.name)}api/{notebook.module}.html">'
             f"exported: {notebook.full_module}</a></div>"
         )
     return "\n".join(parts)
@@ -111,7 +115,8 @@ def statements_table(notebook: Notebook, claims: dict[str, Claim]) -> str:
     return (
         "## What the notes say\n\n"
         '<table class="table statements"><thead><tr><th>Statement</th><th>Verdict, '
-        f"and the cell behind it</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"and the cell behind it</th></tr></thead><tbody>{''.join(rows)}</tbody>"
+        "</table>"
     )
 
 
