@@ -1,4 +1,4 @@
-"""Positions: the paper's table, offsets, and what happens at its end."""
+"""Positions: the paper's table, offsets, what happens at its end, and the embedding."""
 
 import math
 
@@ -11,6 +11,7 @@ from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.foundations.positions import (
     LearnedPositions,
     SinusoidalPositions,
+    TokenPositionEmbedding,
     sinusoidal_table,
 )
 
@@ -41,8 +42,9 @@ def test_distance_alone_decides_the_product():
     st.integers(0, 20),
     st.integers(0, 40),
 )
-def test_a_step_is_one_rotation(d, n, start, k):
-    "The rows k places on are R_k times the rows, with one R_k for all places; and they begin at the angle zero."
+def test_a_step_is_one_rotation(d, n, offset, k):
+    """The rows k positions on are R_k times the rows, with one R_k for all positions;
+    and they begin at the angle zero."""
     positions = SinusoidalPositions(d, 100)
     angle = k * 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
     c, s = angle.cos(), angle.sin()
@@ -50,8 +52,8 @@ def test_a_step_is_one_rotation(d, n, start, k):
         *torch.stack([torch.stack([c, s], -1), torch.stack([-s, c], -1)], -2)
     )
     assert torch.allclose(
-        positions(n, offset=start).double() @ turn.T,
-        positions(n, offset=start + k).double(),
+        positions(n, offset=offset).double() @ turn.T,
+        positions(n, offset=offset + k).double(),
         atol=1e-5,
     )
     assert torch.equal(positions(1), torch.tensor([[0.0, 1.0] * (d // 2)]))
@@ -88,11 +90,69 @@ def test_buffers_follow_the_module():
 @pytest.mark.no_shapes
 @pytest.mark.parametrize("kind", [SinusoidalPositions, LearnedPositions])
 @pytest.mark.parametrize("n, offset", [(21, 0), (1, 20), (0, 0), (3, -1)])
-def test_places_outside_the_table(kind, n, offset):
-    with pytest.raises(
-        InputError, match=f"expected places within 0 to 19; got {n} from {offset} on"
-    ):
+def test_positions_outside_the_table(kind, n, offset):
+    message = (
+        f"^positions: expected positions within 0 to 19; got {n} from {offset} on$"
+    )
+    with pytest.raises(InputError, match=message):
         kind(8, 20)(n, offset)
+
+
+# the embedding
+
+
+@pytest.mark.parametrize("scale", [1.0, 8**0.5])
+@pytest.mark.parametrize("kind", [SinusoidalPositions, LearnedPositions])
+def test_embedding_is_the_sum(scale, kind):
+    torch.manual_seed(0)
+    embedding = TokenPositionEmbedding(11, 8, kind(8, 20), scale=scale)
+    ids = torch.randint(11, (3, 5))
+    table, rows = embedding.tokens.weight, embedding.positions.weight
+    assert torch.equal(embedding(ids), table[ids] * scale + rows[:5])
+    assert torch.equal(embedding(ids, 7), table[ids] * scale + rows[7:12])
+    joined = [embedding(ids[:, :2]), embedding(ids[:, 2:], offset=2)]
+    assert torch.equal(torch.cat(joined, dim=1), embedding(ids))
+
+
+def test_embedding_shares_its_table_with_the_logits():
+    embedding = TokenPositionEmbedding(11, 8, LearnedPositions(8, 20))
+    x = torch.randn(2, 3, 8)
+    assert torch.allclose(embedding.logits(x), x @ embedding.tokens.weight.T)
+    names = [name for name, _ in embedding.named_parameters()]
+    assert names == ["tokens.weight", "positions.weight"]
+
+
+def test_embedding_drops_the_sum():
+    embedding = TokenPositionEmbedding(11, 64, LearnedPositions(64, 50), dropout=0.5)
+    ids = torch.zeros(4, 50, dtype=torch.long)
+    whole, dropped = embedding.eval()(ids), embedding.train()(ids)
+    kept = dropped != 0
+    assert (
+        torch.allclose(dropped, whole * 2 * kept) and 0.45 < kept.float().mean() < 0.55
+    )
+
+
+def test_embedding_ignores_padding_ids_in_the_gradient():
+    embedding = TokenPositionEmbedding(5, 4, SinusoidalPositions(4, 9), padding_idx=3)
+    assert (embedding.tokens.weight[3] == 0).all()
+    embedding(torch.tensor([[1, 3]])).sum().backward()
+    assert embedding.tokens.weight.grad.sum(1).tolist() == [0, 4, 0, 0, 0]
+
+
+def test_embedding_makes_positions_after_tokens():
+    torch.manual_seed(0)
+    made = TokenPositionEmbedding(5, 4, lambda: LearnedPositions(4, 9))
+    torch.manual_seed(0)
+    tokens = torch.nn.Embedding(5, 4)
+    assert torch.equal(made.tokens.weight, tokens.weight)
+    assert torch.equal(made.positions.weight, LearnedPositions(4, 9).weight)
+
+
+@pytest.mark.no_shapes
+def test_embedding_beyond_its_positions():
+    embedding = TokenPositionEmbedding(5, 4, SinusoidalPositions(4, 3))
+    with pytest.raises(InputError, match="within 0 to 2; got 2 from 2 on"):
+        embedding(torch.ones(1, 2, dtype=torch.long), offset=2)
 
 
 @pytest.mark.no_shapes
@@ -104,6 +164,9 @@ def test_places_outside_the_table(kind, n, offset):
         lambda: SinusoidalPositions(8, 0),
         lambda: LearnedPositions(0, 4),
         lambda: LearnedPositions(8, -1),
+        lambda: TokenPositionEmbedding(0, 4, SinusoidalPositions(4, 3)),
+        lambda: TokenPositionEmbedding(5, -4, SinusoidalPositions(4, 3)),
+        lambda: TokenPositionEmbedding(5, 4, SinusoidalPositions(4, 3), dropout=1.0),
     ],
 )
 def test_bad_configuration(call):

@@ -1,12 +1,11 @@
-"""Initialisation: the scale of matrices, biases, and what is left alone."""
+"""Initialization: the scale of matrices, biases, and what is left alone."""
 
 import pytest
 import torch
 from torch import nn
 
-from attn_notes.foundations.blocks import EncoderBlock
 from attn_notes.foundations.checks import ConfigError
-from attn_notes.foundations.initialisation import (
+from attn_notes.foundations.initialization import (
     init_normal_,
     init_uniform_,
     init_xavier_,
@@ -26,7 +25,7 @@ def kinds(module):
 @pytest.fixture
 def block():
     torch.manual_seed(0)
-    block = EncoderBlock(64, 4, 256)
+    block = nn.TransformerEncoderLayer(64, 4, 256)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.fill_(7.0)
