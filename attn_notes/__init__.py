@@ -8,19 +8,15 @@ __all__ = ['list_models', 'model_info', 'create_model', 'example_inputs', 'recor
            'CheckpointError', 'CheckpointWarning']
 
 # %% ../nbs/zoo/00_package.ipynb #ca0b8478
-from .foundations.attention import record_attention
-from attn_notes.foundations.checks import (
+from .foundations.attention import record_attention  # noqa: F401
+from attn_notes.foundations.checks import (  # noqa: F401
     CheckpointError,
     CheckpointWarning,
     ConfigError,
     InputError,
 )
-from attn_notes.zoo.registry import (
-    create_model,
-    example_inputs,
-    list_models,
-    model_info,
-)
+from .zoo.factory import create_model, example_inputs  # noqa: F401
+from .zoo.registry import list_models, model_info  # noqa: F401
 
 _all_ = [
     "list_models",

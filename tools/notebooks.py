@@ -11,6 +11,7 @@ the same bytes.
 import argparse
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -100,9 +101,38 @@ def execute(path: Path) -> float:
     return time.perf_counter() - start
 
 
+WRITE_INDEX = """
+import sys
+
+from attn_notes.zoo.registry import write_index
+
+for module, wrong in write_index().items():
+    print(f"index of models: {module}: {wrong}", file=sys.stderr)
+"""
+
+
+def write_index(root: Path = ROOT) -> None:
+    """Write the index of registered models, in a process that imports the package as it
+    is now. A chapter that does not import is reported on the standard error; its models
+    stay in the index as they were."""
+    if not (root / "attn_notes" / "zoo" / "registry.py").is_file():
+        return  # a project of the tests
+    found = subprocess.run(
+        [sys.executable, "-c", WRITE_INDEX],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    said = found.stderr.strip().splitlines()
+    if found.returncode:
+        said = [f"index of models: not written: {said[-1] if said else 'no reason'}"]
+    print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
+
+
 def export(paths: list[Path], root: Path = ROOT) -> None:
-    """Write the modules that these notebooks export; without notebooks, the whole
-    package of a project."""
+    """Write the modules that these notebooks export and the index of models; without
+    notebooks, the whole package of a project."""
     from nbdev.config import add_init
     from nbdev.doclinks import nbdev_export
     from nbdev.export import nb_export
@@ -114,6 +144,7 @@ def export(paths: list[Path], root: Path = ROOT) -> None:
         add_init("attn_notes")
     else:
         nbdev_export.__wrapped__()
+    write_index(root)
 
 
 def main() -> int:
