@@ -18,6 +18,8 @@ from attn_notes.foundations.checks import (
     check_mask_shape,
     check_positive,
     check_probability,
+    require_package,
+    unknown_name_error,
 )
 
 
@@ -68,8 +70,8 @@ def test_form_is_checked_without_data():
     ],
 )
 def test_bad_ids(ids):
-    with pytest.raises(InputError, match="^target_in: expected .*; got "):
-        check_ids(ids, "target_in")
+    with pytest.raises(InputError, match="^decoder_input_ids: expected .*; got "):
+        check_ids(ids, "decoder_input_ids")
 
 
 @pytest.mark.no_shapes
@@ -103,9 +105,10 @@ def test_bad_features(x):
 def test_bad_mask(mask):
     with pytest.raises(
         InputError,
-        match=r"^source_mask: expected a boolean mask of shape \(2, 3\), True where allowed; got ",
+        match=r"^attention_mask: expected a boolean mask of shape \(2, 3\), "
+        "True where allowed; got ",
     ):
-        check_mask_shape(mask, (2, 3), "source_mask")
+        check_mask_shape(mask, (2, 3), "attention_mask")
 
 
 @pytest.mark.no_shapes
@@ -153,7 +156,7 @@ def test_bad_configuration(call, words):
 @pytest.mark.parametrize("ids, came", [([[0, 9]], 9), ([[-1, 2]], -1)])
 def test_bad_values(ids, came):
     with pytest.raises(
-        InputError, match=rf"^source: expected ids from 0 to 8; got {came}$"
+        InputError, match=rf"^input_ids: expected ids from 0 to 8; got {came}$"
     ):
         check_id_values(torch.tensor(ids), 9)
 
@@ -193,3 +196,28 @@ def test_output_passes_through_compile_and_export():
             and torch.equal(output.first, 2 * x)
             and output.second is None
         )
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("gelo", "unknown activation 'gelo'; did you mean 'gelu'?"),
+        ("xyz", "unknown activation 'xyz'; there are: gelu, relu"),
+    ],
+)
+def test_unknown_names(given, words):
+    error = unknown_name_error("activation", given, {"relu": 1, "gelu": 2})
+    assert isinstance(error, ConfigError) and str(error) == words
+    assert str(unknown_name_error("model", "a", [])) == (
+        "unknown model 'a'; there are: none"
+    )
+
+
+def test_required_packages():
+    assert (require_package("torch", "train") / "nn").is_dir()
+    assert (require_package("jaxtyping", "train") / "__init__.py").exists()
+    assert require_package("typing_extensions", "train").is_dir()  # a single file
+    with pytest.raises(
+        ConfigError, match=r"package no_such_package.*'attn_notes\[data\]'$"
+    ):
+        require_package("no_such_package", "data")

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attn_notes.foundations.attention import DotProductAttend, attention_naive
+from attn_notes.foundations.attention import ScaledDotProductAttention, attention_naive
 from attn_notes.foundations.checks import InputError
 from attn_notes.foundations.masks import (
     causal_mask,
     expand_mask,
     lengths_mask,
+    merge_masks,
     padding_mask,
 )
 
@@ -40,19 +41,18 @@ def multiplied(q, k, v, mask):
 
 
 @given(st.integers(1, 7), st.integers(0, 4), st.data())
-def test_a_later_word_leaves_earlier_outputs_untouched(n, past, data):
-    "In the readable and in the fast form, with and without a past; not where the mask is multiplied."
+def test_a_later_token_leaves_earlier_outputs_untouched(n, past, data):
+    """In the readable and in the fast form, with and without a past; not where the mask
+    is multiplied."""
     changed = data.draw(st.integers(min(1, past), past + n - 1))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     q, k, v = (torch.randn(1, 2, m, 8) for m in (n, past + n, past + n))
     other_k, other_v = k.clone(), v.clone()
     other_k[:, :, changed] += 1
     other_v[:, :, changed] -= 1
-    mask, earlier = (
-        causal_mask(n, past=past)[None],
-        max(changed - past, 0),
-    )  # queries before the changed word
-    for attend in (lambda *x: attention_naive(*x)[0], DotProductAttend()):
+    mask = causal_mask(n, past=past)[None]
+    earlier = max(changed - past, 0)  # queries before the changed token
+    for attend in (lambda *x: attention_naive(*x)[0], ScaledDotProductAttention()):
         before, after = attend(q, k, v, mask), attend(q, other_k, other_v, mask)
         assert torch.equal(before[:, :, :earlier], after[:, :, :earlier])
         assert not torch.equal(before[:, :, earlier:], after[:, :, earlier:])
@@ -77,6 +77,60 @@ def test_expand_mask_shapes():
     assert expand_mask(four) is four and torch.equal(
         expand_mask(expand_mask(square)), expand_mask(square)
     )
+
+
+# masks joined
+
+
+@given(
+    st.sampled_from([None, 2, 3, 4]),
+    st.booleans(),
+    st.integers(1, 5),
+    st.integers(0, 4),
+    st.integers(0, 99),
+)
+def test_merged_masks_are_both(axes, is_causal, n, past, seed):
+    m, generator = past + n, torch.Generator().manual_seed(seed)
+    shapes = {2: (2, m), 3: (2, n, m), 4: (2, 3, n, m)}
+    mask = axes and torch.rand(shapes[axes], generator=generator) > 0.5
+    merged = merge_masks(mask, is_causal, n, m)
+    expected = torch.ones(2, 3, n, m, dtype=torch.bool)
+    if mask is not None:
+        expected = expected & expand_mask(mask)
+    if is_causal:
+        expected = expected & causal_mask(n, past=past)
+    if merged is None:
+        assert expected.all()
+    else:
+        assert merged.ndim == 4 and merged.dtype == torch.bool
+        assert torch.equal(merged.expand(2, 3, n, m), expected)
+    if mask is None and (not is_causal or n == 1):
+        assert merged is None  # nothing to hide: the kernel is not given a mask
+
+
+def test_merged_masks_are_made_where_they_are_asked_for():
+    assert merge_masks(None, True, 3, 4, "meta").device.type == "meta"
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "mask, is_causal, words",
+    [
+        (torch.ones(2, 3), False, "^mask: expected a boolean tensor"),
+        (torch.ones(2, 4, dtype=torch.bool), False, r"n, m = 3, 5; got .*1, 1, 4\)$"),
+        (torch.ones(2, 1, dtype=torch.bool), False, r"^mask: .*; got .*1, 1, 1\)$"),
+        (torch.ones(2, 2, 5, dtype=torch.bool), True, r"^mask: .*\(2, 1, 2, 5\)$"),
+    ],
+)
+def test_masks_that_do_not_fit(mask, is_causal, words):
+    with pytest.raises(InputError, match=words):
+        merge_masks(mask, is_causal, 3, 5)
+
+
+def test_more_causal_queries_than_keys():
+    with pytest.raises(InputError, match="got 3 keys and 4 queries$"):
+        merge_masks(None, True, 4, 3)
+    assert merge_masks(None, False, 4, 3) is None
 
 
 @pytest.mark.no_shapes
