@@ -1,4 +1,5 @@
-"""Sequence to Sequence: the four models against the papers' equations, torch's own layers, and what must never change a result."""
+"""Sequence to Sequence: the four models against the papers' equations and torch's own
+layers, and what must never change a result."""
 
 from dataclasses import replace
 
@@ -10,27 +11,22 @@ from torch import nn
 
 from attn_notes.foundations.attention import record_attention
 from attn_notes.foundations.checks import ConfigError, InputError
-from attn_notes.foundations.search import beam_search
+from attn_notes.foundations.generation import beam_search
 from attn_notes.sequence.seq2seq import (
-    PAPER,
-    AdditiveAttend,
+    SEQ2SEQ_PAPER,
+    AdditiveAttention,
     Encoder,
-    FeedbackRecurrent,
-    ProductAttend,
+    InputFeedingRNN,
+    MultiplicativeAttention,
     Seq2SeqBahdanau,
     Seq2SeqConfig,
     Seq2SeqGRU,
     Seq2SeqLSTM,
     Seq2SeqLuong,
-    reverse_words,
+    reverse_tokens,
 )
-from attn_notes.zoo.registry import (
-    count_parameters,
-    create_model,
-    example_inputs,
-    list_models,
-    model_info,
-)
+from attn_notes.zoo.factory import count_parameters, create_model, example_inputs
+from attn_notes.zoo.registry import list_models, model_info
 
 SMALL = Seq2SeqConfig(
     source_vocab_size=23,
@@ -67,17 +63,17 @@ def build(cls, dtype=torch.float64, **choices):
     return model
 
 
-def batch(lengths=(6, 4, 1), words=5, seed=0):
+def batch(lengths=(6, 4, 1), length=5, seed=0):
     torch.manual_seed(seed)
     n = max(lengths)
     mask = torch.arange(n) < torch.tensor(lengths)[:, None]
     source = torch.randint(3, 23, (len(lengths), n)) * mask
-    return source, torch.randint(3, 31, (len(lengths), words)), mask
+    return source, torch.randint(3, 31, (len(lengths), length)), mask
 
 
-def step_by_step(model, source, target_in, mask=None):
+def step_by_step(model, source, decoder_input_ids, mask=None):
     state, logits = model.encode(source, mask), []
-    for word in target_in.split(1, 1):
+    for word in decoder_input_ids.split(1, 1):
         step, state = model.decode(word, state)
         logits.append(step)
     return torch.cat(logits, 1)
@@ -85,15 +81,20 @@ def step_by_step(model, source, target_in, mask=None):
 
 @every_model
 def test_teacher_forcing_equals_stepwise(cls, choices):
-    model, (source, target_in, mask) = build(cls, **choices), batch()
-    logits = model(source, target_in, mask)
+    model, (source, decoder_input_ids, mask) = build(cls, **choices), batch()
+    logits = model(source, decoder_input_ids, mask)
     assert logits.shape == (3, 5, 31)
     torch.testing.assert_close(
-        logits, step_by_step(model, source, target_in, mask), rtol=0, atol=1e-10
+        logits, step_by_step(model, source, decoder_input_ids, mask), rtol=0, atol=1e-10
     )
     torch.testing.assert_close(
         logits,
-        model(source, target_in, mask, torch.ones_like(target_in, dtype=torch.bool)),
+        model(
+            source,
+            decoder_input_ids,
+            mask,
+            torch.ones_like(decoder_input_ids, dtype=torch.bool),
+        ),
     )
 
 
@@ -102,19 +103,20 @@ def test_teacher_forcing_equals_stepwise(cls, choices):
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     extra=st.integers(0, 3),
-    words=st.integers(1, 4),
+    length=st.integers(1, 4),
     seed=st.integers(0, 99),
 )
-def test_rows_and_padding(cls, choices, lengths, extra, words, seed):
-    """A batch of one equals the row of a batch; more padding, and what stands in it, change nothing."""
-    model, (source, target_in, mask) = (
+def test_rows_and_padding(cls, choices, lengths, extra, length, seed):
+    """A batch of one equals the row of a batch; more padding, and what is in it,
+    changes nothing."""
+    model, (source, decoder_input_ids, mask) = (
         build(cls, **choices),
-        batch(lengths, words, seed),
+        batch(lengths, length, seed),
     )
-    logits = model(source, target_in, mask)
-    for i, length in enumerate(lengths):
+    logits = model(source, decoder_input_ids, mask)
+    for i, n in enumerate(lengths):
         torch.testing.assert_close(
-            model(source[i : i + 1, :length], target_in[i : i + 1])[0],
+            model(source[i : i + 1, :n], decoder_input_ids[i : i + 1])[0],
             logits[i],
             rtol=0,
             atol=1e-10,
@@ -122,25 +124,38 @@ def test_rows_and_padding(cls, choices, lengths, extra, words, seed):
     wider = nn.functional.pad(source, (0, extra)), nn.functional.pad(mask, (0, extra))
     rubbish = torch.where(wider[1], wider[0], torch.randint(0, 23, wider[0].shape))
     torch.testing.assert_close(
-        model(rubbish, target_in, wider[1]), logits, rtol=0, atol=1e-10
+        model(rubbish, decoder_input_ids, wider[1]), logits, rtol=0, atol=1e-10
     )
 
 
 @every_model
 def test_no_look_ahead(cls, choices):
-    model, (source, target_in, mask) = build(cls, **choices), batch()
-    changed = target_in.clone()
+    model, (source, decoder_input_ids, mask) = build(cls, **choices), batch()
+    changed = decoder_input_ids.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 31
-    before, after = model(source, target_in, mask), model(source, changed, mask)
+    before, after = model(source, decoder_input_ids, mask), model(source, changed, mask)
     assert torch.equal(before[:, :3], after[:, :3]) and not torch.equal(
         before[:, 3], after[:, 3]
     )
 
 
 @every_model
+def test_a_state_stays_as_it_was(cls, choices):
+    """A step returns a new state; the old one goes on giving what it gave."""
+    model, (source, target, mask) = build(cls, **choices), batch()
+    state = model.encode(source, mask)
+    first, _ = model.decode(target, state)
+    _, after = model.decode(target[:, :2], state)
+    assert torch.equal(model.decode(target, state)[0], first)
+    rest = model.decode(target[:, 2:], after)[0]
+    torch.testing.assert_close(rest, first[:, 2:], rtol=0, atol=1e-10)
+    assert torch.equal(model.decode(target[:, 2:], after)[0], rest)
+
+
+@every_model
 def test_every_parameter_learns(cls, choices):
-    model, (source, target_in, mask) = build(cls, **choices), batch()
-    model(source, target_in, mask).logsumexp(-1).sum().backward()
+    model, (source, decoder_input_ids, mask) = build(cls, **choices), batch()
+    model(source, decoder_input_ids, mask).logsumexp(-1).sum().backward()
     assert all(
         p.grad is not None and p.grad.isfinite().all() and p.grad.any()
         for p in model.parameters()
@@ -148,14 +163,14 @@ def test_every_parameter_learns(cls, choices):
 
 
 def test_gradients():
-    model, (source, target_in, mask) = (
+    model, (source, decoder_input_ids, mask) = (
         build(Seq2SeqBahdanau, num_hidden_layers=1, bidirectional=True),
         batch((3, 2), 2),
     )
-    names, values = zip(*model.named_parameters())
+    names, values = zip(*model.named_parameters(), strict=True)
     loss = lambda *p: (
         torch.func.functional_call(
-            model, dict(zip(names, p)), (source, target_in, mask)
+            model, dict(zip(names, p, strict=True)), (source, decoder_input_ids, mask)
         )
         .logsumexp(-1)
         .sum()
@@ -171,14 +186,13 @@ def test_generate(cls, choices):
     greedy = model.generate(source, mask, max_new_tokens=7)
     assert greedy.shape[0] == 3 and greedy.shape[1] <= 7
 
-    def step(last, state):
-        logits, state = model.decode(last[:, None], state)
-        return logits[:, 0], state
+    def step(tokens, state):
+        logits, state = model.decode(tokens, state)
+        return logits[:, -1], state
 
-    known = dict(batch_size=3, bos_id=1, eos_id=2, pad_id=0, max_new_tokens=7)
-    assert torch.equal(
-        greedy, beam_search(step, model.encode(source, mask), num_beams=1, **known)
-    )
+    state, prompt = model.encode(source, mask), torch.ones(3, 1, dtype=torch.long)
+    beam_of_one = beam_search(step, state, prompt, 2, 0, 7, num_beams=1)
+    assert torch.equal(greedy, beam_of_one)
     beam = model.generate(
         source, mask, max_new_tokens=7, num_beams=3, length_penalty=0.6
     )
@@ -205,9 +219,9 @@ def test_generate(cls, choices):
 def test_generate_stops():
     model, (source, _, mask) = build(Seq2SeqLSTM), batch()
     with torch.no_grad():
-        model.output.bias[2] = 1e3
+        model.lm_head.bias[2] = 1e3
         assert model.generate(source, mask).tolist() == [[2]] * 3
-        model.output.bias[2] = -1e3
+        model.lm_head.bias[2] = -1e3
         assert model.generate(source, mask, max_new_tokens=9).shape == (3, 9)
 
 
@@ -220,12 +234,15 @@ def test_reversal(lengths, width):
     ids = torch.arange(1, 1 + len(lengths) * n).view(-1, n)
     mask = torch.arange(n) < torch.tensor(lengths)[:, None]
     expected = torch.stack(
-        [torch.cat([row[:m].flip(0), row[m:]]) for row, m in zip(ids, lengths)]
+        [
+            torch.cat([row[:m].flip(0), row[m:]])
+            for row, m in zip(ids, lengths, strict=True)
+        ]
     )
-    assert torch.equal(reverse_words(ids, mask), expected)
+    assert torch.equal(reverse_tokens(ids, mask), expected)
     features = torch.randn(*ids.shape, 3)
     assert torch.equal(
-        reverse_words(features, mask)[0],
+        reverse_tokens(features, mask)[0],
         torch.cat([features[0, : lengths[0]].flip(0), features[0, lengths[0] :]]),
     )
 
@@ -247,7 +264,7 @@ def test_bidirectional_encoder_is_torchs():
         replace(SMALL, bidirectional=True, reverse_source=False), "lstm", 5
     ).double()
     reference = nn.LSTM(7, 5, 2, batch_first=True, bidirectional=True).double()
-    reference.load_state_dict(encoder.recurrent.state_dict())
+    reference.load_state_dict(encoder.rnn.state_dict())
     source, _, mask = batch()
     packed = nn.utils.rnn.pack_padded_sequence(
         encoder.embedding(source), mask.sum(1), batch_first=True
@@ -266,15 +283,15 @@ def test_bidirectional_encoder_is_torchs():
 
 
 def test_seq2seq_lstm_is_torchs():
-    """Encoder and decoder as two torch.nn.LSTM on the same weights, the source flipped by hand."""
-    model, (source, target_in, _) = build(Seq2SeqLSTM), batch((6, 6))
+    """Two torch.nn.LSTM on the same weights, the source flipped by hand."""
+    model, (source, decoder_input_ids, _) = build(Seq2SeqLSTM), batch((6, 6))
     encoder, decoder = (nn.LSTM(7, 10, 2, batch_first=True).double() for _ in range(2))
-    encoder.load_state_dict(model.encoder.recurrent.state_dict())
+    encoder.load_state_dict(model.encoder.rnn.state_dict())
     decoder.load_state_dict(model.decoder.state_dict())
     _, state = encoder(model.encoder.embedding(source.flip(1)))
-    hidden, _ = decoder(model.embedding(target_in), state)
+    hidden, _ = decoder(model.embedding(decoder_input_ids), state)
     torch.testing.assert_close(
-        model(source, target_in), model.output(hidden), rtol=0, atol=1e-12
+        model(source, decoder_input_ids), model.lm_head(hidden), rtol=0, atol=1e-12
     )
 
 
@@ -287,31 +304,31 @@ def test_seq2seq_lstm_is_torchs():
         ("lstm", nn.LSTM, 2),
     ],
 )
-def test_feedback_recurrent_is_torchs(kind, cell, layers):
+def test_input_feeding_rnn_is_torchs(kind, cell, layers):
     mine, reference = (
-        FeedbackRecurrent(kind, 4, 3, 6, layers).double(),
+        InputFeedingRNN(kind, 4, 3, 6, layers).double(),
         cell(7, 6, layers, batch_first=True).double(),
     )
     reference.load_state_dict(mine.state_dict())
-    words, feedback = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 3).double()
+    embedded, feedback = torch.randn(2, 5, 4).double(), torch.randn(2, 5, 3).double()
     state, projected, outputs = (
         (torch.zeros(2, layers, 6).double(),) * (2 if kind == "lstm" else 1),
-        mine.project(words),
+        mine.project(embedded),
         [],
     )
     for t in range(5):
         state = mine.step(projected[:, t], feedback[:, t], state)
         outputs.append(state[0][:, -1])
-    expected, _ = reference(torch.cat([words, feedback], -1))
+    expected, _ = reference(torch.cat([embedded, feedback], -1))
     torch.testing.assert_close(torch.stack(outputs, 1), expected, rtol=0, atol=1e-12)
 
 
 def test_additive_weights_against_the_equation():
-    attend = AdditiveAttend(4, 6, 5).double()
+    attention = AdditiveAttention(4, 6, 5).double()
     q, memory = torch.randn(2, 1, 3, 4).double(), torch.randn(2, 7, 6).double()
     mask = torch.arange(7) < torch.tensor([7, 4])[:, None]
-    weights = attend.weights(q, attend.key(memory)[:, None], mask)
-    W, U, v = attend.query.weight, attend.key.weight, attend.score.weight[0]
+    weights = attention.weights(q, attention.key(memory)[:, None], mask)
+    W, U, v = attention.query.weight, attention.key.weight, attention.score.weight[0]
     for b, length in enumerate((7, 4)):
         for i in range(3):
             e = torch.stack(
@@ -328,12 +345,14 @@ def test_additive_weights_against_the_equation():
 
 @pytest.mark.parametrize("score", ["dot", "general"])
 def test_product_weights_against_the_equation(score):
-    attend = ProductAttend(4, score).double()
+    attention = MultiplicativeAttention(4, score).double()
     h, memory = torch.randn(4).double(), torch.randn(6, 4).double()
-    W = attend.key.weight if score == "general" else torch.eye(4).double()
+    W = attention.key.weight if score == "general" else torch.eye(4).double()
     e = torch.stack([h @ W @ m for m in memory])
     torch.testing.assert_close(
-        attend.weights(h[None, None, None], attend.key(memory)[None, None]).flatten(),
+        attention.weights(
+            h[None, None, None], attention.key(memory)[None, None]
+        ).flatten(),
         e.exp() / e.exp().sum(),
         rtol=0,
         atol=1e-12,
@@ -342,23 +361,23 @@ def test_product_weights_against_the_equation(score):
 
 @pytest.mark.parametrize("cls", [Seq2SeqBahdanau, Seq2SeqLuong])
 def test_recorded_attention(cls):
-    model, (source, target_in, mask) = build(cls), batch()
+    model, (source, decoder_input_ids, mask) = build(cls), batch()
     with record_attention(model) as maps:
-        logits = model(source, target_in, mask)
-        forced = maps["attend"]
+        logits = model(source, decoder_input_ids, mask)
+        forced = maps["attention"]
         written = model.generate(source, mask, max_new_tokens=4)
-        assert maps["attend"].shape == (3, 1, written.shape[1], 6)
-    torch.testing.assert_close(logits, model(source, target_in, mask))
+        assert maps["attention"].shape == (3, 1, written.shape[1], 6)
+    torch.testing.assert_close(logits, model(source, decoder_input_ids, mask))
     assert forced.shape == (3, 1, 5, 6) and not (forced * ~mask[:, None, None]).any()
     torch.testing.assert_close(forced.sum(-1), torch.ones(3, 1, 5).double())
 
 
 def test_attention_starts_uniform():
-    model, (source, target_in, mask) = Seq2SeqBahdanau(SMALL), batch()
+    model, (source, decoder_input_ids, mask) = Seq2SeqBahdanau(SMALL), batch()
     with record_attention(model) as maps:
-        model(source, target_in, mask)
+        model(source, decoder_input_ids, mask)
     torch.testing.assert_close(
-        maps["attend"][:, 0, 2], mask / mask.sum(1, keepdim=True)
+        maps["attention"][:, 0, 2], mask / mask.sum(1, keepdim=True)
     )
 
 
@@ -389,15 +408,19 @@ def test_names():
     for name in list_models("seq2seq*"):
         tiny = dict(model_info(name).tiny)
         model = create_model(name, **tiny)
-        logits = model(*example_inputs(name, **tiny))
+        logits = model(**example_inputs(name, **tiny))
         assert logits.shape == (2, 5, tiny["target_vocab_size"])
 
 
 def test_recipe():
     assert (
-        PAPER.lr(1) == PAPER.lr(5 * 93_750) == 0.7 and PAPER.lr(5 * 93_750 + 1) == 0.35
+        SEQ2SEQ_PAPER.lr(1) == SEQ2SEQ_PAPER.lr(5 * 93_750) == 0.7
+        and SEQ2SEQ_PAPER.lr(5 * 93_750 + 1) == 0.35
     )
-    assert PAPER.max_steps == 703_125 and PAPER.lr(PAPER.max_steps) == 0.7 / 2**5
+    assert (
+        SEQ2SEQ_PAPER.max_steps == 703_125
+        and SEQ2SEQ_PAPER.lr(SEQ2SEQ_PAPER.max_steps) == 0.7 / 2**5
+    )
 
 
 @pytest.mark.parametrize(
@@ -412,13 +435,14 @@ def test_other_device(name):
 @pytest.mark.parametrize("name", ["lstm", "gru", "bahdanau", "luong general"])
 def test_export(name):
     cls, choices = MODELS[name]
-    model, (source, target_in, mask) = (
+    model, (source, decoder_input_ids, mask) = (
         build(cls, dtype=torch.float32, num_hidden_layers=1, **choices),
         batch((4, 3), 2),
     )
-    exported = torch.export.export(model, (source, target_in, mask)).module()
+    exported = torch.export.export(model, (source, decoder_input_ids, mask)).module()
     torch.testing.assert_close(
-        exported(source, target_in, mask), model(source, target_in, mask)
+        exported(source, decoder_input_ids, mask),
+        model(source, decoder_input_ids, mask),
     )
 
 
@@ -452,26 +476,28 @@ def test_bfloat16_autocast(cls, choices):
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(source=torch.zeros(2, 3)),
-        dict(source=torch.ones(3, dtype=torch.long)),
-        dict(source=torch.ones(0, 3, dtype=torch.long)),
-        dict(target_in=torch.ones(3, 2, dtype=torch.long)),
-        dict(target_in=torch.ones(2, 0, dtype=torch.long)),
-        dict(source_mask=torch.ones(2, 4, dtype=torch.bool)),
-        dict(source_mask=torch.ones(2, 3)),
-        dict(target_mask=torch.ones(2, 3, dtype=torch.bool)),
+        dict(input_ids=torch.zeros(2, 3)),
+        dict(input_ids=torch.ones(3, dtype=torch.long)),
+        dict(input_ids=torch.ones(0, 3, dtype=torch.long)),
+        dict(decoder_input_ids=torch.ones(3, 2, dtype=torch.long)),
+        dict(decoder_input_ids=torch.ones(2, 0, dtype=torch.long)),
+        dict(attention_mask=torch.ones(2, 4, dtype=torch.bool)),
+        dict(attention_mask=torch.ones(2, 3)),
+        dict(decoder_attention_mask=torch.ones(2, 3, dtype=torch.bool)),
     ],
 )
 def test_bad_input(wrong):
     ones = lambda n: torch.ones(2, n, dtype=torch.long)
-    with pytest.raises(InputError, match=next(iter(wrong)).split("_")[0]) as error:
-        build(Seq2SeqLSTM)(**{"source": ones(3), "target_in": ones(4), **wrong})
+    with pytest.raises(InputError, match=f"^{next(iter(wrong))}: ") as error:
+        build(Seq2SeqLSTM)(
+            **{"input_ids": ones(3), "decoder_input_ids": ones(4), **wrong}
+        )
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.no_shapes
 @pytest.mark.parametrize(
-    "source, options",
+    "input_ids, options",
     [
         (torch.full((2, 3), 23), {}),
         (torch.full((2, 3), -1), {}),
@@ -480,13 +506,13 @@ def test_bad_input(wrong):
         (torch.ones(2, 3, dtype=torch.long), {"num_beams": 0}),
         (
             torch.ones(2, 3, dtype=torch.long),
-            {"source_mask": torch.zeros(2, 3, dtype=torch.bool)},
+            {"attention_mask": torch.zeros(2, 3, dtype=torch.bool)},
         ),
     ],
 )
-def test_bad_input_to_generate(source, options):
+def test_bad_input_to_generate(input_ids, options):
     with pytest.raises(InputError):
-        build(Seq2SeqLSTM).generate(source, **options)
+        build(Seq2SeqLSTM).generate(input_ids, **options)
 
 
 @pytest.mark.no_shapes
@@ -527,28 +553,32 @@ def test_the_shipped_model_translates():
 
 
 @every_model
-def test_own_words(cls, choices):
-    """Marked nowhere: teacher forcing. Marked everywhere: the words that greedy search would write."""
-    from attn_notes.sequence.seq2seq_experiments import own_words_logits
+def test_own_prefix(cls, choices):
+    """Marked nowhere: teacher forcing. Marked everywhere: what greedy search gives."""
+    from attn_notes.sequence.seq2seq_evidence import own_prefix_logits
 
-    model, (source, target_in, mask) = build(cls, **choices), batch()
-    target_in[:, 0] = 1
-    given = {"source": source, "source_mask": mask, "target_in": target_in}
-    own = torch.zeros_like(target_in, dtype=torch.bool)
+    model, (source, decoder_input_ids, mask) = build(cls, **choices), batch()
+    decoder_input_ids[:, 0] = 1
+    given = {
+        "input_ids": source,
+        "attention_mask": mask,
+        "decoder_input_ids": decoder_input_ids,
+    }
+    own = torch.zeros_like(decoder_input_ids, dtype=torch.bool)
     torch.testing.assert_close(
-        own_words_logits(model, given, own),
-        model(source, target_in, mask),
+        own_prefix_logits(model, given, own),
+        model(source, decoder_input_ids, mask),
         rtol=0,
         atol=1e-10,
     )
-    free = own_words_logits(model, given, ~own).argmax(-1)
+    free = own_prefix_logits(model, given, ~own).argmax(-1)
     greedy = model.generate(source, mask, max_new_tokens=5)
     before_end = ((greedy == 2).cumsum(1) - (greedy == 2).long()) == 0
     assert torch.equal(free[:, : greedy.shape[1]][before_end], greedy[before_end])
 
 
-def test_summary_in_the_first_step_only():
-    from attn_notes.sequence.seq2seq_experiments import FirstStepOnly
+def test_context_in_the_first_step_only():
+    from attn_notes.sequence.seq2seq_evidence import FirstStepOnly
 
     inputs = batch()
     cho, once = build(Seq2SeqGRU), build(FirstStepOnly)
@@ -556,6 +586,6 @@ def test_summary_in_the_first_step_only():
         cho(*inputs), once(*inputs)
     )
     state = once.encode(inputs[0], inputs[2])
-    assert not state["summary"].any() and torch.equal(
-        state["recurrent"][0], cho.encode(inputs[0], inputs[2])["recurrent"][0]
+    assert not state["context"].any() and torch.equal(
+        state["rnn"][0], cho.encode(inputs[0], inputs[2])["rnn"][0]
     )
