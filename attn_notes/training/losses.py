@@ -12,31 +12,38 @@ from ..foundations.checks import ConfigError
 
 # %% ../../nbs/training/01_losses.ipynb #ed181f90
 def token_cross_entropy(
-    logits: Float[Tensor, "b m v"],
-    target: Int[Tensor, "b m"],
-    pad_id: int = 0,
+    logits: Float[Tensor, "*n v"],
+    labels: Int[Tensor, "*n"],
+    ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Cross entropy *summed* over the tokens that are not padding, and the number of these tokens.
+    """Cross-entropy *summed* over the labels that count, eq. (eq-label-smoothing), and
+    how many these are.
 
-    `label_smoothing` spreads that share of the target uniformly over the vocabulary (Vaswani et al. 2017, section 5.4);
+    Labels equal to `ignore_index` do not count. `label_smoothing` spreads that share of
+    the target uniformly over the vocabulary (Vaswani et al. 2017, section 5.4);
     `smoothing_of_others` gives the share with which only the wrong tokens get some.
     """
     loss = F.cross_entropy(
-        logits.flatten(0, 1),
-        target.flatten(),
-        ignore_index=pad_id,
+        logits.flatten(0, -2),
+        labels.flatten(),
+        ignore_index=ignore_index,
         reduction="sum",
         label_smoothing=label_smoothing,
     )
-    return loss, (target != pad_id).sum()
+    return loss, (labels != ignore_index).sum()
 
 # %% ../../nbs/training/01_losses.ipynb #c115b25d
 def smoothing_of_others(label_smoothing: float, vocab_size: int) -> float:
-    """The `label_smoothing` of `token_cross_entropy` with which the true token keeps 1 - `label_smoothing` and every other one gets an
-    equal part of the rest, eq. (eq-smoothing-identity), as in tensor2tensor. `ConfigError` for a share that the others can not hold."""
+    """The `label_smoothing` of `token_cross_entropy` with which the true token keeps
+    1 - `label_smoothing` and every other one gets an equal part of the rest,
+    eq. (eq-smoothing-identity), as in tensor2tensor.
+
+    Raises `ConfigError` for a share that the other tokens can not hold.
+    """
     if vocab_size < 2 or not 0 <= label_smoothing <= 1 - 1 / vocab_size:
         raise ConfigError(
-            f"label smoothing: expected a share from 0 to 1 - 1/{vocab_size} and two tokens or more, got {label_smoothing}"
+            f"label_smoothing: expected a share from 0 to 1 - 1/{vocab_size}, and two "
+            f"tokens or more; got {label_smoothing}"
         )
     return label_smoothing * vocab_size / (vocab_size - 1)

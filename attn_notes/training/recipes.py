@@ -8,27 +8,32 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
-from fastcore.basics import patch
+from torch import nn
 
 from ..foundations.checks import ConfigError
+from ..foundations.positions import LearnedPositions
 from .schedules import SCHEDULES, Schedule
 
 # %% ../../nbs/training/03_recipes.ipynb #5fccaada
-def _whole(at_least: int, none: bool = False) -> tuple[str, Callable]:
+def _whole(minimum: int, none: bool = False) -> tuple[str, Callable]:
     """The rule for whole numbers."""
-    said = f"a whole number of at least {at_least}" + (", or None" if none else "")
+    expected = f"a whole number of at least {minimum}" + (", or None" if none else "")
     return (
-        said,
-        lambda v: (none and v is None) or (isinstance(v, int) and v >= at_least),
+        expected,
+        lambda v: (
+            (none and v is None)
+            or (isinstance(v, int) and not isinstance(v, bool) and v >= minimum)
+        ),
     )
 
 
 _RULES = {
     "optimizer": ("adam, adamw or sgd", lambda v: v in ("adam", "adamw", "sgd")),
     "average_over": ("tokens or sequences", lambda v: v in ("tokens", "sequences")),
-    "precision": ("no, bf16 or fp16", lambda v: v in ("no", "bf16", "fp16")),
+    "mixed_precision": ("no, bf16 or fp16", lambda v: v in ("no", "bf16", "fp16")),
     "schedule": (f"one of {', '.join(SCHEDULES)}", lambda v: v in SCHEDULES),
     "betas": (
         "two numbers from 0 to below 1",
@@ -41,35 +46,43 @@ _RULES = {
         "a number from 0 to below 1, or None",
         lambda v: v is None or 0 <= v < 1,
     ),
-    "clip_norm": ("a number above 0, or None", lambda v: v is None or v > 0),
-    "warmup_steps seed": _whole(0),
-    "max_steps batch_size accumulate average_every": _whole(1),
+    "max_grad_norm": ("a number above 0, or None", lambda v: v is None or v > 0),
+    "lr_scales": (
+        "finite factors of at least 0 by pattern",
+        lambda v: all(
+            isinstance(k, str) and 0 <= f < math.inf for k, f in dict(v).items()
+        ),
+    ),
+    "warmup_steps seed num_workers": _whole(0),
+    "max_steps batch_size gradient_accumulation_steps average_every": _whole(1),
     "average_last max_tokens evaluate_every checkpoint_every": _whole(1, none=True),
 }
 
 # %% ../../nbs/training/03_recipes.ipynb #fcdd98f7
 def _check_recipe(recipe) -> None:
-    """ConfigError for the first field outside its rule, for averages that exclude each other, or options that the schedule does not take."""
+    """Raises `ConfigError` for the first field outside its rule, for averages that
+    exclude each other, and for options that the schedule does not take."""
     for names, (expected, allowed) in _RULES.items():
         for name in names.split():
             value = getattr(recipe, name)
             try:
                 fits = allowed(value)
-            except TypeError:  # a text where a number belongs
+            except (TypeError, ValueError):  # a text where a number belongs
                 fits = False
             if not fits:
-                raise ConfigError(f"recipe: {name} should be {expected}, got {value!r}")
-    if recipe.average_last and recipe.ema_decay is not None:
+                raise ConfigError(f"recipe: {name}: expected {expected}; got {value!r}")
+    last = recipe.average_last
+    if last and recipe.ema_decay is not None:
         raise ConfigError(
-            f"recipe: average_last and ema_decay are two averages, give one; got {recipe.average_last} and {recipe.ema_decay}"
+            "recipe: average_last and ema_decay are two averages: expected one; "
+            f"got {last} and {recipe.ema_decay}"
         )
-    if (
-        recipe.average_last
-        and (back := (recipe.average_last - 1) * recipe.average_every)
-        >= recipe.max_steps
-    ):
+    back = (last - 1) * recipe.average_every if last else 0
+    if back >= recipe.max_steps:
         raise ConfigError(
-            f"recipe: average_last and average_every reach {back} steps back, expected fewer than max_steps={recipe.max_steps}"
+            f"recipe: average_last and average_every reach {back} steps back: "
+            f"expected fewer than max_steps={recipe.max_steps}; "
+            f"got {last} and {recipe.average_every}"
         )
     _schedule(recipe)
 
@@ -80,7 +93,8 @@ def _schedule(recipe) -> Schedule:
     wanted = inspect.signature(make).parameters
     if recipe.warmup_steps and "warmup_steps" not in wanted:
         raise ConfigError(
-            f"recipe: schedule {recipe.schedule} has no warm-up, got warmup_steps={recipe.warmup_steps}"
+            f"recipe: schedule {recipe.schedule} has no warm-up: expected "
+            f"warmup_steps=0; got {recipe.warmup_steps}"
         )
     shared = {
         name: getattr(recipe, name)
@@ -92,43 +106,42 @@ def _schedule(recipe) -> Schedule:
         return make(**shared, **recipe.schedule_options)
     except TypeError:
         raise ConfigError(
-            f"recipe: schedule {recipe.schedule} takes the options {own}, got {dict(recipe.schedule_options)}"
+            f"recipe: schedule {recipe.schedule}: expected the options {own}; "
+            f"got {dict(recipe.schedule_options)}"
         ) from None
 
 # %% ../../nbs/training/03_recipes.ipynb #375a5b78
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: optimiser, schedule, batches, regularisation, how often to look and to save. Impossible values raise ConfigError.
+    """How to train: optimizer, schedule, batches, regularization, how often to evaluate
+    and to save. Raises `ConfigError` for impossible values.
 
-    A step is one update, of `accumulate` batches; `evaluate_every` and `checkpoint_every` count steps (None: at the end only).
+    A step is one update, of `gradient_accumulation_steps` batches; `evaluate_every` and
+    `checkpoint_every` count steps (None: at the end only).
     """
 
     optimizer: str = "adam"  # adam, adamw, sgd
     learning_rate: float = 1e-3
+    lr_scales: Mapping[str, float] = field(default_factory=dict)  # by parameter name
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0  # of sgd
-    weight_decay: float = 0.0  # on matrices; vectors (biases, norms) are spared
+    weight_decay: float = 0.0  # not on norms, biases and learned positions
     schedule: str = "constant"  # a name of schedules.SCHEDULES
     schedule_options: Mapping = field(default_factory=dict)
     warmup_steps: int = 0
     max_steps: int = 1000
     batch_size: int = 32  # examples a batch, over all processes
     max_tokens: int | None = None  # tokens a batch, instead
-    accumulate: int = 1  # batches a step
-    average_over: str = (
-        "tokens"  # tokens, sequences: what the gradient is the mean over
-    )
-    clip_norm: float | None = None
+    gradient_accumulation_steps: int = 1  # batches a step
+    average_over: str = "tokens"  # or sequences: the mean whose gradient is taken
+    max_grad_norm: float | None = None
     label_smoothing: float = 0.0
-    ema_decay: float | None = (
-        None  # of a running average of the weights, which is then evaluated and kept
-    )
-    average_last: int | None = (
-        None  # instead: the mean of so many weights, the last of the run and
-    )
-    average_every: int = 500  # ... those every so many steps before
-    precision: str = "no"  # no, bf16, fp16
+    ema_decay: float | None = None  # of a running average of the weights
+    average_last: int | None = None  # instead: the mean of so many weights,
+    average_every: int = 500  # of the last step and every so many before
+    mixed_precision: str = "no"  # no, bf16, fp16
+    num_workers: int = 0  # processes that load the batches of one process
     seed: int = 0
     evaluate_every: int | None = None
     checkpoint_every: int | None = 500
@@ -140,33 +153,72 @@ class Recipe:
         """Learning rate of a step; the first step is 1."""
         return self.learning_rate * _schedule(self)(step)
 
-# %% ../../nbs/training/03_recipes.ipynb #96904a83
-@patch
-def averages(self: Recipe, step: int) -> bool:
-    """Whether the weights after a step go into the average that is evaluated and kept."""
-    back = self.max_steps - step
-    last = (
-        self.average_last is not None
-        and back % self.average_every == 0
-        and back // self.average_every < self.average_last
-    )
-    return self.ema_decay is not None or last
+    def averages(self, step: int) -> bool:
+        """Whether the weights after this step go into the average."""
+        times, rest = divmod(self.max_steps - step, self.average_every)
+        last = self.average_last is not None and not rest and times < self.average_last
+        return self.ema_decay is not None or last
 
 # %% ../../nbs/training/03_recipes.ipynb #3201f00c
-def make_optimizer(parameters, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over these parameters, with weight decay on tensors of two or more dimensions."""
-    trained = [p for p in parameters if p.requires_grad]
+def _decay_free(model: nn.Module) -> set[int]:
+    """The ids of the parameters that weight decay spares."""
+    named = set(getattr(model, "no_weight_decay", set)())
+    known = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := sorted(named - known.keys()):
+        raise ConfigError(
+            f"no_weight_decay: expected names of parameters; got {', '.join(unknown)}"
+        )
+    free = {
+        id(p)
+        for name, p in known.items()
+        if p.dim() < 2 or name in named or name.endswith("bias")
+    }
+    for module in model.modules():
+        if isinstance(module, LearnedPositions) or "Norm" in type(module).__name__:
+            free |= {id(p) for p in module.parameters(recurse=False)}
+    return free
+
+
+def _lr_scale(name: str, lr_scales: Mapping[str, float]) -> float:
+    """The factor of the first pattern that a parameter's name fits; 1 without one."""
+    fits = (factor for key, factor in lr_scales.items() if fnmatchcase(name, key))
+    return next(fits, 1.0)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over a model's trainable parameters, in groups.
+
+    No weight decay on tensors of fewer than two dimensions, norms, biases, learned
+    positions and what `model.no_weight_decay()` names; each group's `lr_scale` is its
+    factor in `recipe.lr_scales`. Raises `ConfigError` for a pattern or a name that no
+    parameter has, and for a model with nothing to train.
+    """
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    unused = [
+        key
+        for key in recipe.lr_scales
+        if not any(fnmatchcase(name, key) for name, _ in trained)
+    ]
+    if unused or not trained:
+        raise ConfigError(
+            f"lr_scales: expected patterns of trained parameters; got {unused}"
+            if unused
+            else "model: expected parameters to train; got none"
+        )
+    free, groups = _decay_free(model), {}
+    for name, p in trained:
+        key = _lr_scale(name, recipe.lr_scales), id(p) not in free
+        groups.setdefault(key, []).append(p)
     groups = [
         {
-            "params": [p for p in trained if p.dim() >= 2],
-            "weight_decay": recipe.weight_decay,
-        },
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+            "params": groups[scale, decays],
+            "lr": scale * recipe.learning_rate,
+            "lr_scale": scale,
+            "weight_decay": recipe.weight_decay if decays else 0.0,
+        }
+        for scale, decays in sorted(groups, reverse=True)
     ]
-    groups = [g for g in groups if g["params"]]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=recipe.learning_rate, momentum=recipe.momentum
-        )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
-    return kind(groups, lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.eps)
+        return torch.optim.SGD(groups, momentum=recipe.momentum)
+    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    return make(groups, betas=recipe.betas, eps=recipe.eps)

@@ -68,7 +68,7 @@ def half_a_file(save, call: int):
 
 
 def half_a_line(record, call: int):
-    """Run.record, which at its n-th call leaves half a line in the file and dies."""
+    """RunFiles.write, which at its n-th call leaves half a line in the file and dies."""
     calls = iter(range(1, 10**6))
 
     def wrapped(self, row):
@@ -95,7 +95,7 @@ def sabotage(moment: str) -> None:
     elif moment == "after the rename":
         checkpoints.os.replace = dying(os.replace, 3, before=False)
     elif moment == "half a line":
-        loop.Run.record = half_a_line(loop.Run.record, 8)
+        loop.RunFiles.write = half_a_line(loop.RunFiles.write, 8)
     elif moment == "while evaluating":
         Toy.evaluate = dying(Toy.evaluate, 2)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from training_toy import RECIPE, Toy, ToyModel, toy_model
+from training_toy import RECIPE, Toy, ToyModel, serve, toy_loss, toy_model
 
 from attn_notes.foundations.checks import CheckpointError, ConfigError, InputError
 from attn_notes.training.checkpoints import (
@@ -18,8 +18,9 @@ from attn_notes.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from attn_notes.training.loop import check_batch, train
+from attn_notes.training.loop import train
 from attn_notes.training.recipes import Recipe
+from attn_notes.training.tasks import check_batch
 
 SHORT = replace(RECIPE, max_steps=6)
 
@@ -47,17 +48,17 @@ def test_equals_a_loop_by_hand():
     model, history = run(recipe)
     by_hand, task, losses = toy_model(0.0), Toy(), []
     optimizer = torch.optim.Adam(by_hand.parameters())
-    for step, batch in zip(range(1, 7), task.train_batches(recipe, 0)):
-        loss, count = task.loss(by_hand, batch, recipe)
-        (loss / count).backward()
+    for step, batch in zip(range(1, 7), serve(task, recipe), strict=False):
+        loss = toy_loss(task, by_hand, batch)
+        loss.backward()
         nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = recipe.lr(step)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append((loss / count).item())
+        losses.append(loss.item())
     assert [row["loss"] for row in history] == pytest.approx(losses, abs=1e-6)
     assert [row["lr"] for row in history] == [recipe.lr(s) for s in range(1, 7)]
-    for a, b in zip(model.parameters(), by_hand.parameters()):
+    for a, b in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
@@ -71,11 +72,11 @@ def test_accumulated_batches_are_one_batch(average_over):
         learning_rate=0.1,
     )  # an epoch: 5 batches of 12, 10 of 6
     a, history_a = run(whole)
-    b, history_b = run(replace(whole, batch_size=6, accumulate=2))
+    b, history_b = run(replace(whole, batch_size=6, gradient_accumulation_steps=2))
     assert [r["loss"] for r in history_b] == pytest.approx(
         [r["loss"] for r in history_a], abs=1e-5
     )
-    for x, y in zip(a.parameters(), b.parameters()):
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
@@ -91,13 +92,14 @@ def test_average_over_sequences_scales_the_gradient_by_the_mean_length():
             for a, b in zip(
                 start.parameters(),
                 run(replace(recipe, average_over=over))[0].parameters(),
+                strict=True,
             )
         ]
         for over in ("tokens", "sequences")
     ]
-    batch = next(task.train_batches(recipe, 0))
-    length = (batch["target_out"] != 0).sum() / 8
-    for a, b in zip(*moved):
+    batch = next(serve(task, recipe))
+    length = (batch["labels"] != -100).sum() / 8
+    for a, b in zip(*moved, strict=True):
         torch.testing.assert_close(b, a * length, rtol=1e-3, atol=1e-5)
 
 
@@ -105,7 +107,9 @@ def test_clipping_bounds_the_norm_of_the_mean_gradient_and_keeps_its_direction()
     recipe = Recipe(optimizer="sgd", learning_rate=1.0, max_steps=1, batch_size=8)
     start = nn.utils.parameters_to_vector(toy_model(0.0).parameters())
     free, clipped, loose = (
-        nn.utils.parameters_to_vector(run(replace(recipe, clip_norm=c))[0].parameters())
+        nn.utils.parameters_to_vector(
+            run(replace(recipe, max_grad_norm=c))[0].parameters()
+        )
         - start
         for c in (None, 0.05, 1e3)
     )
@@ -121,10 +125,10 @@ def test_average_of_weights():
     for steps in range(1, 7):  # the schedule is the whole run's
         model = toy_model(0.0)
         task, optimizer = Toy(), torch.optim.SGD(model.parameters(), lr=0.1)
-        for step, batch in zip(range(1, steps + 1), task.train_batches(recipe, 0)):
+        batches = serve(task, recipe)
+        for step, batch in zip(range(1, steps + 1), batches, strict=False):
             optimizer.param_groups[0]["lr"] = recipe.lr(step)
-            loss, count = task.loss(model, batch, recipe)
-            (loss / count).backward()
+            toy_loss(task, model, batch).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -148,11 +152,11 @@ class Watching(Toy):
         super().__init__()
         self.seen = []
 
-    def evaluate(self, model):
+    def evaluate(self, model, *arguments):
         self.seen.append(
             nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         )
-        return super().evaluate(model)
+        return super().evaluate(model, *arguments)
 
 
 def test_mean_of_the_last_weights():
@@ -198,7 +202,7 @@ def test_an_interrupted_mean_goes_on(tmp_path, at):
 
 def test_bf16_trains_and_leaves_the_model_as_it_was():
     full, _ = run()
-    model, history = run(replace(SHORT, precision="bf16"))
+    model, history = run(replace(SHORT, mixed_precision="bf16"))
     assert (
         "forward" not in vars(model)
         and "_original_forward" not in vars(model)
@@ -252,12 +256,12 @@ class Stopping(Toy):
         super().__init__()
         self.at, self.times, self.calls = at, times, 0
 
-    def loss(self, model, batch, recipe):
+    def loss(self, model, batch):
         self.calls += 1
         if self.calls == self.at:
             for _ in range(self.times):
                 signal.raise_signal(signal.SIGINT)
-        return super().loss(model, batch, recipe)
+        return super().loss(model, batch)
 
 
 @pytest.mark.parametrize("at", [1, 4, 8, 9])  # 8 is the last batch of an epoch
@@ -290,6 +294,7 @@ def test_resuming_skips_to_its_place_in_the_data_and_a_finished_run_does_nothing
         run(RECIPE, Stopping(3), output_dir=tmp_path)
     model, history = run(RECIPE, output_dir=tmp_path, resume=True)
     task = Toy()
+    task.evaluate = None
     again, history_again = run(RECIPE, task, output_dir=tmp_path, resume=True)
     assert task.served == 0 and history_again == history and same(model, again)
 
@@ -321,7 +326,7 @@ def test_trains_in_a_thread():
 
 def test_tensorboard_has_no_step_twice(tmp_path):
     class Dying(Toy):
-        def evaluate(self, model):
+        def evaluate(self, *_):
             raise MemoryError
 
     with pytest.raises(MemoryError):
@@ -345,7 +350,7 @@ def test_tensorboard_has_no_step_twice(tmp_path):
 
 
 class Untouched(Toy):
-    def train_batches(self, *_, **__):
+    def collate(self, examples):
         raise AssertionError("work began")
 
 
@@ -422,17 +427,30 @@ def test_refuses_folders_and_checkpoints(tmp_path):
 
 
 @pytest.mark.no_shapes
-def test_ids_are_checked_where_one_vocabulary_serves_both_languages():
-    class Config:
-        vocab_size = 5
-        source_vocab_size = target_vocab_size = property(lambda self: self.vocab_size)
+def test_ids_are_checked_against_the_vocabulary_that_they_belong_to():
+    class Two:
+        source_vocab_size, target_vocab_size, num_classes, type_vocab_size = 5, 7, 3, 2
 
-    for name in ("source", "target_in", "target_out", "input_ids"):
-        check_batch({name: torch.tensor([[4]])}, Config())
-        with pytest.raises(
-            InputError, match=f"{name}: expected ids from 0 to 4; got 5"
-        ):
-            check_batch({name: torch.tensor([[5]])}, Config())
+    class One:
+        vocab_size = 5
+
+    sizes = {"input_ids": (5, 5), "decoder_input_ids": (7, 5), "labels": (7, 5)}
+    for name, two_and_one in sizes.items():
+        for config, size in zip((Two, One), two_and_one, strict=True):
+            check_batch({name: torch.tensor([[size - 1, 0]])}, config())
+            said = f"{name}: expected ids from 0 to {size - 1}; got {size}"
+            with pytest.raises(InputError, match=said):
+                check_batch({name: torch.tensor([[0, size]])}, config())
+    check_batch({"labels": torch.tensor([[-100, -100]])}, One())
+    with pytest.raises(InputError, match="got -1"):
+        check_batch({"labels": torch.tensor([[-100, -1]])}, One())
+    with pytest.raises(InputError, match="got -100"):
+        check_batch({"input_ids": torch.tensor([[-100]])}, One())
+    with pytest.raises(InputError, match="labels: expected ids from 0 to 2; got 3"):
+        check_batch({"labels": torch.tensor([3])}, Two())
+    with pytest.raises(InputError, match="token_type_ids: expected ids from 0 to 1"):
+        check_batch({"token_type_ids": torch.tensor([[2]])}, Two())
+    check_batch({"labels": torch.tensor([9])}, One())  # classes that nobody counted
 
 
 @pytest.mark.no_shapes
@@ -451,16 +469,16 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 @pytest.mark.no_shapes
 def test_refuses_fp16_without_a_gpu():
     if not torch.accelerator.is_available():
-        refused(ConfigError, "fp16 needs a GPU", replace(SHORT, precision="fp16"))
+        refused(ConfigError, "fp16 needs a GPU", replace(SHORT, mixed_precision="fp16"))
 
 
 @pytest.mark.no_shapes
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     class Exploding(Toy):
-        def loss(self, model, batch, recipe):
-            loss, count = super().loss(model, batch, recipe)
+        def loss(self, model, batch):
+            loss, weight = super().loss(model, batch)["token"]
             self.calls = getattr(self, "calls", 0) + 1
-            return loss * (math.nan if self.calls == 5 else 1), count
+            return {"token": (loss * (math.nan if self.calls == 5 else 1), weight)}
 
     refused(
         ConfigError,
@@ -477,59 +495,95 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert same(run(RECIPE, output_dir=tmp_path, resume=True)[0], run(RECIPE)[0])
 
 
+class Wrong(Toy):
+    """Changes the entry `name` of every batch."""
+
+    def __init__(self, name, change):
+        super().__init__()
+        self.name, self.change = name, change
+
+    def collate(self, examples):
+        batch = super().collate(examples)
+        return {**batch, self.name: self.change(batch.get(self.name))}
+
+
 @pytest.mark.no_shapes
 def test_refuses_tasks_without_batches_or_tokens():
     class Empty(Toy):
-        def train_batches(self, *_, **__):
-            return iter(())
+        def batches(self, epoch):
+            return [] if epoch == self.epoch else super().batches(epoch)
 
-    class Silent(Toy):
-        def loss(self, model, batch, recipe):
-            return super().loss(
-                model,
-                {**batch, "target_out": torch.zeros_like(batch["target_out"])},
-                recipe,
-            )
+    class Hollow(Toy):
+        def batches(self, epoch):
+            return [*super().batches(epoch)[:2], []]
 
-    refused(InputError, "no training batch in epoch 0", task=Empty())
-    refused(InputError, "no token to predict", task=Silent())
+    for epoch, recipe in ((0, SHORT), (1, RECIPE)):
+        task = Empty()
+        task.epoch = epoch
+        said = f"a training batch in epoch {epoch}"
+        refused(InputError, said, recipe, task=task)
+    refused(InputError, "examples in batch 2 of epoch 0", task=Hollow())
+    silent = Wrong("labels", lambda x: torch.full_like(x, -100))
+    refused(InputError, "the batch of step 1 has nothing to predict", task=silent)
 
 
 @pytest.mark.no_shapes
 @pytest.mark.parametrize(
-    "change, said",
+    "name, change, said",
     [
-        (("source", lambda x: x + 100), "source: expected ids from 0 to 11"),
-        (("source", lambda x: x - 1), "source: expected ids from 0"),
-        (("target_out", lambda x: x * 9), "target_out: expected ids"),
-        (
-            ("source_mask", lambda x: x & False),
-            "source_mask: expected at least one True",
-        ),
-        (("source", lambda x: x[:0]), "source: expected at least one row"),
-        (("extra", lambda x: torch.tensor([[math.inf]])), "extra: expected finite"),
+        ("input_ids", lambda x: x + 100, "input_ids: expected ids from 0 to 11"),
+        ("input_ids", lambda x: x - 1, "input_ids: expected ids from 0"),
+        ("labels", lambda x: x * 9, "labels: expected ids"),
+        ("attention_mask", lambda x: x & False, "attention_mask: expected at least"),
+        ("input_ids", lambda x: x[:0], "input_ids: expected at least one"),
+        ("extra", lambda x: torch.tensor([[math.inf]]), "extra: expected finite"),
     ],
 )
-def test_refuses_values_at_the_edge(change, said):
-    name, change = change
-
-    class Wrong(Toy):
-        def train_batches(self, *arguments):
-            for batch in super().train_batches(*arguments):
-                yield {**batch, name: change(batch.get(name))}
-
-    refused(InputError, said, task=Wrong())
+def test_refuses_values_at_the_edge(name, change, said):
+    refused(InputError, said, task=Wrong(name, change))
 
 
 def test_good_batches_pass():
-    check_batch(next(Toy().train_batches(SHORT, 0)), ToyModel.config)
+    check_batch(next(serve(Toy(), SHORT)), ToyModel.config)
     check_batch(
         {
             "input_ids": torch.tensor([[500]]),
-            "image": torch.zeros(1, 3, 2, 2),
-            "label": torch.tensor([-100]),
+            "images": torch.zeros(1, 3, 2, 2),
+            "labels": torch.tensor([-100]),
         }
     )
+
+
+@pytest.mark.no_shapes
+def test_a_batch_is_any_nesting():
+    class Config:
+        num_classes = 3
+
+    def batch(**changed):
+        target = {
+            "boxes": torch.zeros(0, 4),
+            "labels": torch.zeros(0, dtype=torch.long),
+        }
+        full = {"boxes": torch.rand(2, 4), "labels": torch.tensor([0, 2])}
+        images = [torch.rand(3, 4, 6), torch.rand(3, 5, 2)]
+        mask = torch.ones(2, 5, 6, dtype=torch.bool)
+        mask[1, 3:] = False  # padding
+        found = {"images": images, "mask": mask, "targets": [target, full]}
+        return {**found, "names": ["a", "b"], "scale": 0.5, **changed}
+
+    check_batch(batch(), Config())
+    nan, none = torch.full((3, 2, 2), math.nan), torch.zeros(2, 5, 6, dtype=torch.bool)
+    for changed, said in (
+        ({"images": [torch.rand(3, 2, 2), nan]}, "images.1: expected finite"),
+        ({"images": []}, "images: expected at least one element; got none"),
+        ({"targets": [{"labels": torch.tensor([3])}]}, "targets.0.labels: .* 0 to 2"),
+        ({"targets": [{"labels": torch.tensor([-1])}]}, "targets.0.labels: .* got -1"),
+        ({"mask": none}, "mask: expected at least one True in every row; row 0"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_batch(batch(**changed), Config())
+    with pytest.raises(InputError, match="batch: expected at least one element"):
+        check_batch({})
 
 
 # checkpoints

@@ -18,12 +18,12 @@ from attn_notes.training.losses import smoothing_of_others, token_cross_entropy
 def test_equals_its_definition(b, m, v, eps, seed):
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(b, m, v, generator=random, dtype=torch.float64)
-    target = torch.randint(v, (b, m), generator=random)
-    loss, count = token_cross_entropy(logits, target, label_smoothing=eps)
-    q = (1 - eps) * F.one_hot(target, v) + eps / v
+    labels = torch.randint(v, (b, m), generator=random)
+    loss, count = token_cross_entropy(logits, labels, 0, eps)
+    q = (1 - eps) * F.one_hot(labels, v) + eps / v
     each = -(q * logits.log_softmax(-1)).sum(-1)
-    assert count == (target != 0).sum()
-    assert torch.allclose(loss, each[target != 0].sum())
+    assert count == (labels != 0).sum()
+    assert torch.allclose(loss, each[labels != 0].sum())
 
 
 @given(
@@ -36,30 +36,30 @@ def test_equals_its_definition(b, m, v, eps, seed):
 def test_smoothing_over_the_others_equals_its_definition(b, m, v, eps, seed):
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(b, m, v, generator=random, dtype=torch.float64)
-    target = torch.randint(v, (b, m), generator=random)
+    labels = torch.randint(v, (b, m), generator=random)
     loss, _ = token_cross_entropy(
-        logits, target, label_smoothing=smoothing_of_others(eps, v)
+        logits, labels, ignore_index=0, label_smoothing=smoothing_of_others(eps, v)
     )
-    q = torch.full_like(logits, eps / (v - 1)).scatter(-1, target[..., None], 1 - eps)
+    q = torch.full_like(logits, eps / (v - 1)).scatter(-1, labels[..., None], 1 - eps)
     each = -(q * logits.log_softmax(-1)).sum(-1)
-    assert torch.allclose(loss, each[target != 0].sum())
+    assert torch.allclose(loss, each[labels != 0].sum())
 
 
 @pytest.mark.no_shapes
 @pytest.mark.parametrize("eps, v", [(-0.1, 5), (0.9, 5), (0.1, 1), (float("nan"), 5)])
 def test_shares_that_can_not_be(eps, v):
-    with pytest.raises(ConfigError, match="label smoothing"):
+    with pytest.raises(ConfigError, match="label_smoothing"):
         smoothing_of_others(eps, v)
 
 
 def test_sums_and_counts_of_parts_add_up():
     torch.manual_seed(0)
-    logits, target = torch.randn(6, 5, 8), torch.randint(8, (6, 5))
+    logits, labels = torch.randn(6, 5, 8), torch.randint(8, (6, 5))
     parts = [
         token_cross_entropy(z, y, label_smoothing=0.1)
-        for z, y in zip(logits.split(2), target.split(2))
+        for z, y in zip(logits.split(2), labels.split(2))
     ]
-    whole = token_cross_entropy(logits, target, label_smoothing=0.1)
+    whole = token_cross_entropy(logits, labels, label_smoothing=0.1)
     assert (
         torch.allclose(sum(p[0] for p in parts), whole[0])
         and sum(p[1] for p in parts) == whole[1]
@@ -68,10 +68,10 @@ def test_sums_and_counts_of_parts_add_up():
 
 def test_padding_has_no_gradient_and_a_batch_of_padding_no_loss():
     logits = torch.randn(2, 3, 5, requires_grad=True)
-    target = torch.tensor([[1, 2, 9], [3, 9, 9]])
-    token_cross_entropy(logits, target, pad_id=9)[0].backward()
-    assert (logits.grad.abs().sum(-1) > 0).equal(target != 9)
-    loss, count = token_cross_entropy(logits, torch.full((2, 3), 9), pad_id=9)
+    labels = torch.tensor([[1, 2, 9], [3, 9, 9]])
+    token_cross_entropy(logits, labels, ignore_index=9)[0].backward()
+    assert (logits.grad.abs().sum(-1) > 0).equal(labels != 9)
+    loss, count = token_cross_entropy(logits, torch.full((2, 3), 9), ignore_index=9)
     assert loss == 0 and count == 0
 
 

@@ -110,13 +110,13 @@ BAD = [
     dict(batch_size=0),
     dict(batch_size=None),
     dict(max_tokens=0),
-    dict(accumulate=0),
+    dict(gradient_accumulation_steps=0),
     dict(average_over="words"),
-    dict(clip_norm=0),
-    dict(clip_norm=math.nan),
+    dict(max_grad_norm=0),
+    dict(max_grad_norm=math.nan),
     dict(label_smoothing=-0.1),
     dict(ema_decay=1),
-    dict(precision="fp8"),
+    dict(mixed_precision="fp8"),
     dict(average_last=0),
     dict(average_last=2.5),
     dict(average_every=0),
@@ -125,6 +125,13 @@ BAD = [
     dict(evaluate_every=0),
     dict(checkpoint_every=-5),
     dict(optimizer=["adam"]),
+    dict(num_workers=-1),
+    dict(max_steps=True),
+    dict(lr_scales={"a": -1}),
+    dict(lr_scales={"a": math.inf}),
+    dict(lr_scales={3: 1.0}),
+    dict(lr_scales="backbone"),
+    dict(lr_scales=0.1),
 ]
 
 
@@ -133,7 +140,7 @@ BAD = [
 def test_recipes_refuse(fields):
     (name,) = fields
     with pytest.raises(
-        ConfigError, match=f"recipe: {name} should be .*, got"
+        ConfigError, match=f"recipe: {name}: expected .*; got"
     ) as caught:
         Recipe(**fields)
     assert "\n" not in str(caught.value)
@@ -143,7 +150,7 @@ def test_recipes_refuse(fields):
 @pytest.mark.parametrize(
     "fields, said",
     [
-        (dict(schedule="inverse_square_root", warmup_steps=4), "takes the options"),
+        (dict(schedule="inverse_square_root", warmup_steps=4), "expected the options"),
         (
             dict(
                 schedule="seq2seq_halving",
@@ -152,10 +159,10 @@ def test_recipes_refuse(fields):
             ),
             "no warm-up",
         ),
-        (dict(schedule_options={"milestones": [1]}), "takes the options"),
+        (dict(schedule_options={"milestones": [1]}), "expected the options"),
         (
             dict(schedule="cosine", schedule_options={"max_steps": 5}),
-            "takes the options",
+            "expected the options",
         ),
         (dict(schedule="cosine", max_steps=5, warmup_steps=5), "warmup_steps from 0"),
     ],
@@ -169,7 +176,7 @@ def test_schedule_options_must_fit(fields, said):
 def test_the_steps_of_an_average(steps, last, every):
     if (last - 1) * every >= steps:
         with pytest.raises(
-            ConfigError, match=f"steps back, expected fewer than max_steps={steps}"
+            ConfigError, match=f"steps back: expected fewer than max_steps={steps}"
         ):
             Recipe(max_steps=steps, average_last=last, average_every=every)
     else:
@@ -230,9 +237,7 @@ def test_every_schedule_has_a_recipe():
 def test_optimizer_spares_vectors_and_frozen_parameters(name, kind):
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model[1].bias.requires_grad = False
-    optimizer = make_optimizer(
-        model.parameters(), Recipe(optimizer=name, weight_decay=0.1)
-    )
+    optimizer = make_optimizer(model, Recipe(optimizer=name, weight_decay=0.1))
     assert type(optimizer) is kind
     assert [
         (g["weight_decay"], [tuple(p.shape) for p in g["params"]])

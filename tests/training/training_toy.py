@@ -1,4 +1,5 @@
-"""A small task with padding, shared by the tests of the loop and by the processes that they start."""
+"""A small task with padding, shared by the tests of the loop and by the processes that
+they start."""
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ RECIPE = Recipe(
     warmup_steps=2,
     max_steps=12,
     batch_size=8,
-    clip_norm=1.0,
+    max_grad_norm=1.0,
     ema_decay=0.9,
     label_smoothing=0.1,
     evaluate_every=5,
@@ -23,7 +24,10 @@ RECIPE = Recipe(
 
 
 class Toy:
-    """Rows of 1 to 9 ids, padded with 0; the target is the row sorted. 60 rows: an epoch of 8 batches of 8, the last of 4."""
+    """Rows of 1 to 9 ids, padded with 0; the labels are the row sorted. 60 rows: an
+    epoch of 8 batches of 8, the last of 4."""
+
+    kind = "toy"
 
     def __init__(self, rows: int = 60):
         random = torch.Generator().manual_seed(0)
@@ -32,58 +36,73 @@ class Toy:
         self.ids = ids * (torch.arange(9) < lengths[:, None])
         self.served = 0
 
-    def train_batches(self, recipe, epoch, rank=0, world=1):
-        order = torch.randperm(
-            len(self.ids),
-            generator=torch.Generator().manual_seed(1000 * recipe.seed + epoch),
-        )
-        for rows in order.split(recipe.batch_size):
-            self.served += 1
-            batch = self.batch(
-                self.ids[rows[rank::world] if rank < len(rows) else rows[:1]]
-            )
-            if rank >= len(
-                rows
-            ):  # no row left for this process: one that counts nothing
-                batch["target_out"].zero_()
-            yield batch
+    def setup(self, recipe):
+        self.recipe = recipe
 
-    def batch(self, ids):
+    def dataset(self, split):
+        return self.ids
+
+    def batches(self, epoch):
+        random = torch.Generator().manual_seed(1000 * self.recipe.seed + epoch)
+        order = torch.randperm(len(self.ids), generator=random)
+        return order.split(self.recipe.batch_size)
+
+    def collate(self, examples):
+        self.served += 1
+        ids = torch.stack(examples)
         high = torch.where(ids == 0, VOCABULARY, ids)  # padding sorts last
-        target = high.sort(-1).values
+        labels = high.sort(-1).values
         return {
-            "source": ids,
-            "source_mask": ids != 0,
-            "target_out": torch.where(target == VOCABULARY, 0, target),
+            "input_ids": ids,
+            "attention_mask": ids != 0,
+            "labels": torch.where(labels == VOCABULARY, -100, labels),
         }
 
-    def loss(self, model, batch, recipe):
-        return token_cross_entropy(
-            model(batch["source"]),
-            batch["target_out"],
-            label_smoothing=recipe.label_smoothing,
-        )
+    def counts(self, batch):
+        tokens = (batch["labels"] != -100).sum()
+        rows = len(batch["labels"])
+        return {"token": tokens if self.recipe.average_over == "tokens" else rows}
 
-    def evaluate(self, model):
-        batch = self.batch(self.ids)
-        loss, count = token_cross_entropy(model(batch["source"]), batch["target_out"])
-        return {"loss": (loss / count).item()}
+    def loss(self, model, batch):
+        loss, _ = token_cross_entropy(
+            model(batch["input_ids"]),
+            batch["labels"],
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        return {"token": (loss, 1.0)}
+
+    def evaluate(self, model, split="valid", rank=0, world_size=1, gather=list):
+        batch = self.collate(list(self.ids[rank::world_size]))
+        loss, count = token_cross_entropy(model(batch["input_ids"]), batch["labels"])
+        parts = gather([(loss.item(), int(count))])
+        return {"loss": sum(loss for loss, _ in parts) / sum(n for _, n in parts)}
+
+
+def serve(task, recipe, epoch=0):
+    """The batches of an epoch, whole."""
+    task.setup(recipe)
+    for rows in task.batches(epoch):
+        yield task.collate([task.dataset("train")[int(i)] for i in rows])
+
+
+def toy_loss(task, model, batch):
+    """The mean loss of one batch."""
+    terms, counts = task.loss(model, batch), task.counts(batch)
+    return sum(weight * loss / counts[name] for name, (loss, weight) in terms.items())
 
 
 class ToyModel(nn.Module):
     class config:
-        source_vocab_size = target_vocab_size = VOCABULARY
+        vocab_size = VOCABULARY
 
     def __init__(self, dropout: float = 0.2, width: int = 16):
         super().__init__()
-        self.embed, self.read = (
-            nn.Embedding(VOCABULARY, width),
-            nn.GRU(width, width, batch_first=True),
-        )
-        self.dropout, self.say = nn.Dropout(dropout), nn.Linear(width, VOCABULARY)
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.rnn = nn.GRU(width, width, batch_first=True)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(width, VOCABULARY)
 
-    def forward(self, source):
-        return self.say(self.dropout(self.read(self.embed(source))[0]))
+    def forward(self, input_ids):
+        return self.head(self.dropout(self.rnn(self.embedding(input_ids))[0]))
 
 
 def toy_model(dropout: float = 0.2) -> ToyModel:

@@ -16,7 +16,7 @@ from attn_notes.training.loop import train
 
 RECIPES = {
     "tokens": RECIPE,
-    "accumulated": replace(RECIPE, accumulate=3, max_steps=6),
+    "accumulated": replace(RECIPE, gradient_accumulation_steps=3, max_steps=6),
     "sequences": replace(RECIPE, average_over="sequences"),
     "sgd": replace(RECIPE, optimizer="sgd", learning_rate=0.5, ema_decay=None),
 }
@@ -27,15 +27,13 @@ class Stopped(Toy):
 
     calls = 0
 
-    def loss(self, model, batch, recipe):
-        self.calls += 1
-        if self.calls == 5 and self.rank == self.world - 1:
-            signal.raise_signal(signal.SIGINT)
-        return super().loss(model, batch, recipe)
+    def loss(self, model, batch):
+        from accelerate import PartialState
 
-    def train_batches(self, recipe, epoch, rank, world):
-        self.rank, self.world = rank, world
-        return super().train_batches(recipe, epoch, rank, world)
+        self.calls += 1
+        if self.calls == 5 and PartialState().is_last_process:
+            signal.raise_signal(signal.SIGINT)
+        return super().loss(model, batch)
 
 
 def digest(model) -> str:
