@@ -49,7 +49,7 @@ bench: $(ENV)   ## time the package beside the reference libraries
 
 # On a machine with an accelerator there may be no network to build .venv with: any Python that has torch will do.
 gpu:            ## check and time every model on the accelerator that is here
-	$(if $(wildcard $(ENV)),$(PY),python3) -m attn_notes.zoo.gpu
+	$(if $(wildcard $(ENV)),$(PY),python3) -m attn_notes.training.gpu
 
 clean:          ## remove what the checks and builds leave behind; .venv and docs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .cache

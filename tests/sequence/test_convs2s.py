@@ -1,4 +1,5 @@
-"""ConvS2S: what the chapter shows once is asked here of many sizes, masks and ways to be wrong."""
+"""ConvS2S: what the chapter shows once is asked here of many sizes, masks and ways to
+be wrong."""
 
 import warnings
 from dataclasses import replace
@@ -9,21 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attn_notes.foundations.attention import record_attention
+from attn_notes.foundations.attention import (
+    ScaledDotProductAttention,
+    record_attention,
+)
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.foundations.masks import lengths_mask
 from attn_notes.sequence.convs2s import (
-    RECIPES,
+    PAPER_RECIPE,
     ConvS2S,
     ConvS2SConfig,
     GatedConv,
-    PlainAttend,
     ScaleGradient,
-    normalised,
+    normalized,
     receptive_field,
 )
 from attn_notes.zoo.devices import check_model
-from attn_notes.zoo.registry import count_parameters, create_model, model_info
+from attn_notes.zoo.factory import count_parameters, create_model
+from attn_notes.zoo.registry import model_info
 
 TINY = ConvS2SConfig(
     source_vocab_size=30,
@@ -38,7 +42,8 @@ TINY = ConvS2SConfig(
 
 
 def shaken(config=TINY, seed=0):
-    """A model in double precision of which no bias is zero and no position is like another."""
+    """A model in double precision of which no bias is zero and no position is like
+    another."""
     torch.manual_seed(seed)
     model = ConvS2S(config).double().eval()
     for parameter in model.parameters():
@@ -79,8 +84,13 @@ def test_published_configuration():
 
 
 def test_paper_recipe():
-    paper = RECIPES["paper"]
-    assert (paper.optimizer, paper.momentum, paper.learning_rate, paper.clip_norm) == (
+    paper = PAPER_RECIPE
+    assert (
+        paper.optimizer,
+        paper.momentum,
+        paper.learning_rate,
+        paper.max_grad_norm,
+    ) == (
         "sgd",
         0.99,
         0.25,
@@ -96,7 +106,7 @@ def test_paper_recipe():
 
 @pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv1d(5, 4, 3)])
 def test_weight_norm(layer):
-    layer = normalised(layer.double(), gain=4.0)
+    layer = normalized(layer.double(), gain=4.0)
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     x = x if isinstance(layer, nn.Conv1d) else x.transpose(1, 2)
     g, v = (
@@ -119,16 +129,17 @@ def test_weight_norm(layer):
             layer.parametrizations.weight.original1,
         ],
     )
+    mine = torch.autograd.grad(expected.square().sum(), [g, v])
     assert all(
         torch.allclose(a, b, rtol=0, atol=1e-10)
-        for a, b in zip(torch.autograd.grad(expected.square().sum(), [g, v]), theirs)
+        for a, b in zip(mine, theirs, strict=True)
     )
 
 
 @pytest.mark.parametrize("gain, dropout", [(1.0, 0.0), (4.0, 0.0), (4.0, 0.2)])
 def test_initial_weights(gain, dropout):
     torch.manual_seed(0)
-    layer = normalised(nn.Conv1d(200, 300, 3), gain, dropout)
+    layer = normalized(nn.Conv1d(200, 300, 3), gain, dropout)
     assert layer.weight.std().item() == pytest.approx(
         (gain * (1 - dropout) / 600) ** 0.5, rel=0.02
     )
@@ -168,7 +179,7 @@ def test_gradient_into_the_encoder_is_divided_by_the_layers(monkeypatch):
         model(source, target, mask).square().mean().backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name in grads[0]:
-        if not name.startswith("encoder.embed"):
+        if not name.startswith("encoder.embedding"):
             factor = 3 if name.startswith("encoder.") else 1
             assert torch.allclose(
                 grads[0][name] * factor, grads[1][name], rtol=1e-9, atol=1e-14
@@ -179,18 +190,21 @@ def test_attention_readable_equals_fused():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 1, 5, 8, dtype=torch.float64)
     mask = lengths_mask(torch.tensor([5, 2]), 5)
-    attend = PlainAttend()
+    attend = ScaledDotProductAttention(scale=1.0)
     fused = attend(q, k, v, mask)
-    attend.record = lambda weights: None
-    assert torch.allclose(attend(q, k, v, mask), fused, rtol=0, atol=1e-12)
+    with record_attention(attend) as maps:
+        assert torch.allclose(attend(q, k, v, mask), fused, rtol=0, atol=1e-12)
+    assert len(maps) == 1
     assert torch.allclose(attend.weights(q, k), (q @ k.transpose(-2, -1)).softmax(-1))
 
 
-# ---- the whole, against a second form of it: padded on both sides and cut, one sentence, nothing cached
+# ---- the whole, against a second form of it: padded on both sides and cut, one
+# sentence, nothing cached
 
 
 def second_form(model, source, target):
-    """Logits (m v) of one sentence without padding: the paper's equations on plain tensors, the encoder's gradient unscaled."""
+    """Logits (m v) of one sentence without padding: the paper's equations on plain
+    tensors, the encoder's gradient unscaled."""
     half, encoder, decoder = 0.5**0.5, model.encoder, model.decoder
 
     def convolve(layer, h, pad):
@@ -203,26 +217,27 @@ def second_form(model, source, target):
         return a * torch.sigmoid(b)
 
     e = (
-        encoder.embed.words.weight[source]
-        + encoder.embed.positions.weight[: len(source)]
+        encoder.embedding.tokens.weight[source]
+        + encoder.embedding.positions.weight[: len(source)]
     )
-    h = encoder.enter(e)
+    h = encoder.in_proj(e)
     for layer in encoder.layers:
         h = half * (
-            gated(layer, convolve(layer, h, layer.kernel // 2)) + layer.bypass(h)
+            gated(layer, convolve(layer, h, layer.kernel_size // 2))
+            + layer.residual_proj(h)
         )
-    z = encoder.leave(h)
+    z = encoder.out_proj(h)
     g = (
-        decoder.embed.words.weight[target]
-        + decoder.embed.positions.weight[: len(target)]
+        decoder.embedding.tokens.weight[target]
+        + decoder.embedding.positions.weight[: len(target)]
     )
-    h = decoder.enter(g)
-    for layer, attention in zip(decoder.layers, decoder.attention):
-        v = gated(layer, convolve(layer, h, layer.kernel - 1)[: len(target)])
+    h = decoder.in_proj(g)
+    for layer, attention in zip(decoder.layers, decoder.attention, strict=True):
+        v = gated(layer, convolve(layer, h, layer.kernel_size - 1)[: len(target)])
         a = torch.softmax(half * (attention.query(v) + g) @ z.T, -1)
         c = a @ (half * (z + e)) * len(source) * (1 / len(source)) ** 0.5
-        h = half * (half * (attention.output(c) + v) + layer.bypass(h))
-    return decoder.vocabulary(decoder.leave(h))
+        h = half * (half * (attention.out_proj(c) + v) + layer.residual_proj(h))
+    return decoder.lm_head(decoder.out_proj(h))
 
 
 @pytest.mark.parametrize(
@@ -246,9 +261,9 @@ def test_equals_a_second_form(change):
         )
         for logits in (ours, theirs)
     ]
-    for (name, _), a, b in zip(model.named_parameters(), *gradients):
+    for (name, _), a, b in zip(model.named_parameters(), *gradients, strict=True):
         if not name.startswith(
-            "encoder.embed"
+            "encoder.embedding"
         ):  # reached on two ways, of which one is scaled
             assert torch.allclose(
                 a * (layers if name.startswith("encoder.") else 1),
@@ -378,7 +393,7 @@ def test_attention_is_recorded_layer_by_layer():
         whole = dict(maps)
         words = model.generate(source, mask, max_new_tokens=4)
         written = {name: weights.shape for name, weights in maps.items()}
-    assert list(whole) == [f"decoder.attention.{i}.attend" for i in range(3)]
+    assert list(whole) == [f"decoder.attention.{i}.attention" for i in range(3)]
     for weights in whole.values():
         assert weights.shape == (3, 1, 6, 7) and torch.allclose(
             weights.sum(-1), torch.ones(3, 1, 6, dtype=torch.float64)
@@ -444,21 +459,26 @@ def test_configuration_refused(wrong):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(source=torch.rand(3, 7)),
-        dict(source=torch.ones(7, dtype=torch.long)),
-        dict(source=torch.ones(3, 0, dtype=torch.long)),
-        dict(target_in=torch.ones(2, 6, dtype=torch.long)),
-        dict(source_mask=torch.ones(3, 7)),
-        dict(source_mask=torch.ones(3, 6, dtype=torch.bool)),
-        dict(target_mask=torch.ones(3, 7, dtype=torch.bool)),
-        dict(target_in=torch.ones(3, 25, dtype=torch.long)),
+        dict(input_ids=torch.rand(3, 7)),
+        dict(input_ids=torch.ones(7, dtype=torch.long)),
+        dict(input_ids=torch.ones(3, 0, dtype=torch.long)),
+        dict(decoder_input_ids=torch.ones(2, 6, dtype=torch.long)),
+        dict(attention_mask=torch.ones(3, 7)),
+        dict(attention_mask=torch.ones(3, 6, dtype=torch.bool)),
+        dict(decoder_attention_mask=torch.ones(3, 7, dtype=torch.bool)),
+        dict(decoder_input_ids=torch.ones(3, 25, dtype=torch.long)),
     ],
 )
 def test_forward_refuses(change):
     source, target, mask = pairs()
     with pytest.raises(InputError, match="expected"):
         ConvS2S(TINY)(
-            **{"source": source, "target_in": target, "source_mask": mask, **change}
+            **{
+                "input_ids": source,
+                "decoder_input_ids": target,
+                "attention_mask": mask,
+                **change,
+            }
         )
 
 
@@ -469,12 +489,14 @@ def test_forward_refuses(change):
         dict(max_new_tokens=25),
         dict(max_new_tokens=0),
         dict(num_beams=0),
-        dict(source=torch.full((3, 7), 30)),
-        dict(source_mask=torch.zeros(3, 7, dtype=torch.bool)),
+        dict(input_ids=torch.full((3, 7), 30)),
+        dict(attention_mask=torch.zeros(3, 7, dtype=torch.bool)),
     ],
 )
 def test_generate_refuses(change):
     source, _, mask = pairs()
     with pytest.raises(InputError), warnings.catch_warnings():
         warnings.simplefilter("error")
-        ConvS2S(TINY).generate(**{"source": source, "source_mask": mask, **change})
+        ConvS2S(TINY).generate(
+            **{"input_ids": source, "attention_mask": mask, **change}
+        )
