@@ -182,7 +182,7 @@ def find_checkpoint(
         raise CheckpointError(f"{path} holds no config.json")
     weights = _weights_in(path)
     if weights is None:
-        raise CheckpointError(f"{path} holds no {' or '.join(WEIGHTS)}")
+        raise CheckpointError(f"{path} holds no {' or '.join(WEIGHT_FILES)}")
     return path, weights
 
 

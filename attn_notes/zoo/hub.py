@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'save_weights', 'PretrainedMixin']
 
-# %% ../../nbs/zoo/05_hub.ipynb #aee25b17
+# %% ../../nbs/zoo/05_hub.ipynb #ee25b175
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from .files import atomic_folder
 from .formats import shared_names
 from .registry import list_models, model_info
 
-# %% ../../nbs/zoo/05_hub.ipynb #eb7ef66f
+# %% ../../nbs/zoo/05_hub.ipynb #b7ef66fc
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's state as one safetensors file, each shared tensor under its first
     name. Raises `CheckpointError` for a model on the meta device."""
@@ -31,7 +31,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     tensors = {n[0]: state[n[0]].contiguous() for n in shared_names(model)}
     save_file(tensors, path, metadata={"format": "pt"})
 
-# %% ../../nbs/zoo/05_hub.ipynb #f6252f78
+# %% ../../nbs/zoo/05_hub.ipynb #540ce964
 CARD = """---
 {{ card_data }}
 ---
@@ -80,11 +80,11 @@ class PretrainedMixin(
         from attn_notes.zoo.checkpoints import find_checkpoint, read_config
         from attn_notes.zoo.factory import create_model
 
-        path, revision = pretrained_model_name_or_path, options.get("revision")
-        folder, _ = find_checkpoint(path, revision)
+        path = pretrained_model_name_or_path
+        folder, _ = find_checkpoint(path, options.pop("revision", None))
         name = read_config(folder).get("architecture") if folder else None
         if name not in list_models() or not issubclass(model_info(name).model, cls):
             raise CheckpointError(
                 f"{path}: expected a folder saved from a {cls.__name__}; got {name!r}"
             )
-        return create_model(name, path, **options)
+        return create_model(name, folder, **options)

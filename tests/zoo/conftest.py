@@ -1,4 +1,5 @@
-"""A toy to put through the zoo, registered for the length of one test: tied weights, a head of num_classes, a buffer."""
+"""Toys to put through the zoo, registered for the length of one test: tied weights, a
+head of num_classes, a buffer."""
 
 from dataclasses import dataclass
 
@@ -8,7 +9,9 @@ from torch import nn
 
 from attn_notes.foundations.checks import check_positive
 from attn_notes.zoo import registry
-from attn_notes.zoo.checkpoints import Layout, PretrainedMixin
+from attn_notes.zoo.formats import CheckpointFormat, rename
+from attn_notes.zoo.hub import PretrainedMixin
+from attn_notes.zoo.registry import register_models
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class ToyConfig:
 
 
 class Toy(nn.Module, PretrainedMixin):
-    heads = ("head.*",)
+    classifier = ("head.*",)
 
     def __init__(self, config):
         super().__init__()
@@ -38,24 +41,32 @@ class Toy(nn.Module, PretrainedMixin):
         self.head = nn.Linear(config.hidden_size, config.num_classes)
         self.register_buffer("scale", torch.full((1,), 2.0))
 
-    def forward(self, ids):
-        x = self.embedding(ids) * self.scale
+    def forward(self, input_ids):
+        x = self.embedding(input_ids) * self.scale
         return self.output(x), self.head(x.mean(1))
 
     @staticmethod
     def example_inputs(config, batch_size, device=None):
-        return (torch.randint(config.vocab_size, (batch_size, 7), device=device),)
+        ids = torch.randint(config.vocab_size, (batch_size, 7), device=device)
+        return {"input_ids": ids}
 
 
 class OtherToy(Toy):
     pass
 
 
-ELSEWHERE = Layout(
+ELSEWHERE = CheckpointFormat(
     "elsewhere",
-    recognise=lambda keys: "emb.w" in keys,
-    rename=((r"^emb\.w$", "embedding.weight"), (r"^fc\.", "head.")),
-    auxiliary=("pooler.*",),
+    recognize=lambda keys: "emb.w" in keys,
+    convert=lambda state, model: rename(
+        state, [(r"^emb\.w$", "embedding.weight"), (r"^fc\.", "head.")]
+    ),
+    config=lambda config: {
+        "hidden_size": config["n_embd"],
+        "num_classes": len(config.get("id2label", "abc")),
+    },
+    ignore=("*.position_ids",),
+    optional=("pooler.*",),
 )
 
 
@@ -63,20 +74,29 @@ ELSEWHERE = Layout(
 def toy(monkeypatch):
     """The names toy, toy_wide and other_toy, and nothing of the book."""
     monkeypatch.setattr(registry, "_MODELS", {})
-    monkeypatch.setattr(registry, "MODEL_MODULES", [])
-    known = dict(
+    monkeypatch.setattr(registry, "read_index", dict)
+    common = dict(
         paper="nobody",
+        year=2026,
         chapter="none",
         task="classification",
-        layouts=(ELSEWHERE,),
+        formats=(ELSEWHERE,),
         tiny={"hidden_size": 2},
     )
-    registry.register_model(
-        "toy", ToyConfig(), parameters=87, figures={"accuracy": 0.5}, **known
-    )(Toy)
-    registry.register_model(
-        "toy_wide", ToyConfig(hidden_size=12), parameters=171, **known
-    )(Toy)
-    registry.register_model("other_toy", ToyConfig(), parameters=87, **known)(OtherToy)
+    register_models(
+        Toy,
+        {
+            "toy": {
+                "config": ToyConfig(),
+                "parameters": 87,
+                "reported": {"accuracy": 0.5},
+            },
+            "toy_wide": {"config": ToyConfig(hidden_size=12), "parameters": 171},
+        },
+        **common,
+    )
+    register_models(
+        OtherToy, {"other_toy": {"config": ToyConfig(), "parameters": 87}}, **common
+    )
     torch.manual_seed(0)
     return Toy

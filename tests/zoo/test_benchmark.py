@@ -1,4 +1,4 @@
-"""Paired timing: the median and its interval, memory, and the pairs that are registered."""
+"""Paired timing: the median and its interval, memory, and the registered pairs."""
 
 import pytest
 import torch
@@ -7,13 +7,15 @@ from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.zoo import benchmark
 from attn_notes.zoo.benchmark import (
     Benchmark,
-    Paired,
+    TimingRatio,
     attention_pair,
+    evidence_modules,
     fixed_threads,
     list_pairs,
-    paired,
+    matmul_rate,
     peak_memory,
-    product_rate,
+    run_pair,
+    time_pair,
 )
 
 
@@ -35,7 +37,7 @@ class Clock:
 
 def test_the_ratio_is_of_processor_time(monkeypatch):
     clock = Clock(monkeypatch)
-    found = paired(clock.work(0.3), clock.work(0.1), rounds=10)
+    found = time_pair(clock.work(0.3), clock.work(0.1), rounds=10)
     assert (
         found.ratio == pytest.approx(3)
         and found.low == pytest.approx(3)
@@ -51,7 +53,7 @@ def test_one_bad_round_moves_nothing(monkeypatch):
     clock = Clock(monkeypatch)
     slow = [0.1] * 33
     slow[15] = 5.0
-    found = paired(clock.work(*slow), clock.work(0.1), rounds=30)
+    found = time_pair(clock.work(*slow), clock.work(0.1), rounds=30)
     assert found.ratio == pytest.approx(1) and found.high == pytest.approx(1)
 
 
@@ -59,7 +61,7 @@ def test_the_interval_covers_the_median_as_often_as_it_says(monkeypatch):
     clock, generator, covered = Clock(monkeypatch), torch.Generator().manual_seed(0), 0
     for _ in range(300):
         ratios = torch.randn(33, generator=generator).exp().tolist()
-        found = paired(clock.work(*ratios), clock.work(1.0), rounds=30)
+        found = time_pair(clock.work(*ratios), clock.work(1.0), rounds=30)
         covered += found.low <= 1 <= found.high
     assert 0.92 < covered / 300 < 0.99
 
@@ -67,7 +69,11 @@ def test_the_interval_covers_the_median_as_often_as_it_says(monkeypatch):
 @pytest.mark.no_shapes
 def test_bad_questions():
     with pytest.raises(InputError, match="at least 6"):
-        paired(lambda: None, lambda: None, rounds=3)
+        time_pair(lambda: None, lambda: None, rounds=3)
+    with pytest.raises(InputError, match="at least 30"):
+        run_pair("MultiHeadAttention vs torch.nn.MultiheadAttention", rounds=29)
+    with pytest.raises(ConfigError, match="unknown benchmark"):
+        run_pair("no such pair")
     with pytest.raises(ConfigError, match="unknown benchmark"):
         list_pairs(["no such pair"])
 
@@ -86,21 +92,38 @@ def test_threads_are_set_and_put_back():
         assert torch.get_num_threads() == 2
         raise KeyError
     assert torch.get_num_threads() == before
-    assert product_rate(64, 64, 64, repeats=2) > 1e7
+    assert matmul_rate(64, 64, 64, repeats=2) > 1e7
 
 
-def test_a_verdict_allows_the_noise_and_no_more():
-    def passed(ratio, memory):
-        return Benchmark(
-            "x", Paired(ratio, ratio, ratio, 1.0, 1.0), memory, 100, 0.5, 0.5
-        ).passed
+def measured(low, high, memory=100):
+    times = TimingRatio((low + high) / 2, low, high, 1.0, 1.0)
+    return Benchmark("x", times, memory, 100, 0.5, 0.5)
 
-    assert (
-        passed(1.08, 100)
-        and passed(0.5, 50)
-        and not passed(1.09, 100)
-        and not passed(0.5, 102)
-    )
+
+def test_slower_is_what_lies_above_two_percent_with_its_whole_interval():
+    assert not measured(0.9, 1.5).time.slower and measured(0.9, 1.5).passed
+    assert not measured(1.02, 1.03).time.slower
+    assert measured(1.021, 1.03).time.slower and not measured(1.021, 1.03).passed
+    assert "SLOWER" in str(measured(1.05, 1.1)) and "ok" in str(measured(0.5, 0.6))
+
+
+def test_a_lead_is_claimed_by_the_upper_end():
+    assert measured(0.8, 0.89).time.faster_than(0.9)
+    assert not measured(0.8, 0.9).time.faster_than(0.9)
+    assert not measured(0.8, 1.01).time.faster_than()
+
+
+def test_more_memory_is_no_pass():
+    assert measured(0.9, 1, memory=101).passed and not measured(0.9, 1, 102).passed
+
+
+def test_evidence_modules_are_found_by_name(tmp_path, monkeypatch):
+    (tmp_path / "paper" / "part").mkdir(parents=True)
+    for name in ("__init__", "model", "b_evidence", "part/__init__", "part/a_evidence"):
+        (tmp_path / "paper" / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert evidence_modules("paper") == ["paper.b_evidence", "paper.part.a_evidence"]
+    assert all(name.endswith("_evidence") for name in evidence_modules())
 
 
 @pytest.mark.slow

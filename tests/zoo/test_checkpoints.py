@@ -1,5 +1,7 @@
-"""Weights on disk: round trips, layouts, every difference named, nothing half written, no code run."""
+"""Weights on disk and on the hub: round trips, formats, every difference named, nothing
+half written, no code run."""
 
+import argparse
 import json
 import os
 import signal
@@ -16,14 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import attn_notes as an
-from attn_notes.zoo import checkpoints
-from attn_notes.zoo.checkpoints import (
-    Layout,
-    atomic_folder,
-    fit_state,
-    read_state_dict,
-    save_weights,
-)
+from attn_notes.zoo import checkpoints, hub
+from attn_notes.zoo.checkpoints import fit_state
+from attn_notes.zoo.files import atomic_folder, read_state_dict
+from attn_notes.zoo.formats import CheckpointFormat, matches
+from attn_notes.zoo.hub import save_weights
 
 KINDS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
@@ -87,7 +86,9 @@ def test_single_files_of_every_kind_load(saved, kind, tmp_path):
     assert same(an.create_model("toy", pretrained=path, vocab_size=13), model)
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize(
+    "wrapper", ["state_dict", "model", "model_state_dict", "model_ema"]
+)
 def test_weights_inside_a_training_checkpoint_load(saved, wrapper, tmp_path):
     model, _ = saved
     torch.save({wrapper: model.state_dict(), "epoch": 3}, tmp_path / "run.pth")
@@ -115,7 +116,7 @@ def test_the_folder_wins_over_the_name_and_overrides_win_over_both(saved):
     _, folder = saved
     assert an.create_model("toy", pretrained=folder).config.vocab_size == 13
     with pytest.warns(
-        an.CheckpointWarning, match="re-initialised.*head.weight, head.bias"
+        an.CheckpointWarning, match="re-initialized.*head.weight, head.bias"
     ):
         assert (
             an.create_model("toy", pretrained=folder, num_classes=9).head.out_features
@@ -138,35 +139,143 @@ def test_fields_that_others_keep_in_config_json_are_left_aside(saved):
     assert same(an.create_model("toy", pretrained=folder), model)
 
 
-def test_another_layout_is_recognised_from_its_keys(toy, tmp_path):
+@pytest.fixture
+def theirs(toy):
+    """A model, and its weights as the format `elsewhere` has them."""
     model = an.create_model("toy")
     own = model.state_dict()
-    theirs = {
+    return model, {
         "emb.w": own["embedding.weight"],
         "fc.weight": own["head.weight"],
         "fc.bias": own["head.bias"],
         "scale": own["scale"],
     }
+
+
+def test_another_format_is_recognized_from_its_keys(theirs, tmp_path):
+    model, state = theirs
+    state["emb.position_ids"] = torch.arange(7)  # ignored
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(
-            an.create_model("toy", pretrained=write(theirs, tmp_path / "theirs.pt")),
+            an.create_model("toy", pretrained=write(state, tmp_path / "theirs.pt")),
             model,
         )
-    theirs["pooler.weight"] = torch.ones(2, 2)
+    state["pooler.weight"] = torch.ones(2, 2)
     with pytest.warns(
         an.CheckpointWarning, match="skipped, not in this model: pooler.weight"
     ):
         assert same(
-            an.create_model("toy", pretrained=write(theirs, tmp_path / "more.npz")),
+            an.create_model("toy", pretrained=write(state, tmp_path / "more.npz")),
             model,
         )
+    state["other.weight"] = torch.ones(2, 2)
+    path = write(state, tmp_path / "most.pt")
+    refuses("elsewhere format.*1 unexpected: other.weight", "toy", pretrained=path)
 
 
-def test_keys_that_a_layout_never_holds_are_left_as_they_were(toy, recwarn):
-    layout = Layout(
+def foreign_folder(folder, config, shards, index=None):
+    """A folder as a library of others writes it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, state in shards.items():
+        write(state, folder / name)
+    if index:
+        where = {key: name for name, state in shards.items() for key in state}
+        whole = {"metadata": {"total_size": 1}, "weight_map": where}
+        (folder / index).write_text(json.dumps(whole))
+    return folder
+
+
+def test_the_fields_of_a_foreign_configuration_are_translated(toy, tmp_path):
+    model = an.create_model("toy", hidden_size=8, num_classes=2)
+    own = model.state_dict()
+    state = {
+        "emb.w": own["embedding.weight"],
+        "fc.weight": own["head.weight"],
+        "fc.bias": own["head.bias"],
+        "scale": own["scale"],
+    }
+    config = {"n_embd": 8, "id2label": {"0": "no", "1": "yes"}, "n_layer": 12}
+    weights = {"pytorch_model.bin": state}
+    folder = foreign_folder(tmp_path / "theirs", config, weights)
+    again = an.create_model("toy", pretrained=folder)
+    assert same(again, model) and again.config == model.config
+    with pytest.warns(an.CheckpointWarning, match="re-initialized"):
+        an.create_model("toy", pretrained=folder, num_classes=4)
+    (folder / "config.json").write_text("{}")
+    refuses("lacks a field of the elsewhere format: 'n_embd'", "toy", pretrained=folder)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_sharded_checkpoints_load(theirs, tmp_path, kind):
+    model, state = theirs
+    stem, ending = kind.split(".")
+    keys = list(state)
+    shards = {
+        f"{stem}-00001-of-00002.{ending}": {k: state[k] for k in keys[:2]},
+        f"{stem}-00002-of-00002.{ending}": {k: state[k] for k in keys[2:]},
+    }
+    folder = foreign_folder(
+        tmp_path / "shards", {"n_embd": 6}, shards, index=f"{kind}.index.json"
+    )
+    assert same(an.create_model("toy", pretrained=folder), model)
+    index = folder / f"{kind}.index.json"
+    assert same(an.create_model("toy", pretrained=index), model)
+    whole = json.loads(index.read_text())
+    for where, said in (
+        ({"emb.w": f"{stem}-00002-of-00002.{ending}"}, "lacks emb.w"),
+        ({"emb.w": f"none.{ending}"}, f"no checkpoint file at .*none.{ending}"),
+        ({"emb.w": f"../{kind}"}, "expected shards beside it"),
+        ({"emb.w": "config.json"}, "expected shards beside it"),
+        (["emb.w"], "cut short or no index"),
+    ):
+        index.write_text(json.dumps({**whole, "weight_map": where}))
+        refuses(said, "toy", pretrained=folder)
+    index.write_text("{")
+    refuses("cut short or no index", "toy", pretrained=index)
+
+
+def test_one_file_goes_before_its_shards_and_safetensors_before_pickles(saved):
+    model, folder = saved
+    for name in ("model.safetensors.index.json", "pytorch_model.bin"):
+        (folder / name).write_text("{")
+    assert same(an.create_model("toy", pretrained=folder), model)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrapped_weights_load(theirs, tmp_path, prefix):
+    model, state = theirs
+    wrapped = {prefix + key: value for key, value in state.items()}
+    path = write(wrapped, tmp_path / "wrapped.pth")
+    assert same(an.create_model("toy", pretrained=path), model)
+    fit_state(model, {prefix + k: v for k, v in model.state_dict().items()})
+
+
+def test_the_average_of_a_training_checkpoint_is_preferred(saved, tmp_path):
+    model, _ = saved
+    last = {key: value + 1 for key, value in model.state_dict().items()}
+    content = {
+        "model": last,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "epoch": 299,
+        "args": argparse.Namespace(lr=5e-4, output="runs", mixup=None),
+    }
+    path = tmp_path / "checkpoint.pth"
+    torch.save({**content, "model_ema": model.state_dict()}, path)
+    assert same(an.create_model("toy", pretrained=path, vocab_size=13), model)
+    torch.save({**content, "model_ema": None}, path)  # kept none
+    found = an.create_model("toy", pretrained=path, vocab_size=13)
+    assert torch.equal(found.head.bias, last["head.bias"])
+    nested = {"state_dict": {"model": model.state_dict()}}
+    torch.save(nested, path)
+    assert same(an.create_model("toy", pretrained=path, vocab_size=13), model)
+
+
+def test_keys_that_a_format_never_holds_are_left_as_they_were(toy, recwarn):
+    bare = CheckpointFormat(
         "bare",
-        recognise=lambda keys: "head.bias" in keys,
+        recognize=lambda keys: "head.bias" in keys,
         absent=("embedding.*", "output.*"),
     )
     model, given = (
@@ -178,9 +287,10 @@ def test_keys_that_a_layout_never_holds_are_left_as_they_were(toy, recwarn):
         },
     )
     before = model.embedding.weight.clone()
-    fit_state(model, given, (layout,))
+    fit_state(model, given, (bare,))
     assert [str(w.message) for w in recwarn] == [
-        "checkpoint: not in this layout, left as they were: embedding.weight, output.weight"
+        "checkpoint: not in this format, left as they were: "
+        "embedding.weight, output.weight"
     ]
     assert (
         torch.equal(model.embedding.weight, before)
@@ -191,10 +301,10 @@ def test_keys_that_a_layout_never_holds_are_left_as_they_were(toy, recwarn):
         fit_state(
             model,
             {key: value for key, value in given.items() if key != "scale"},
-            (layout,),
+            (bare,),
         )
     fit_state(
-        model, {**given, "embedding.weight": torch.zeros(11, 6)}, (layout,)
+        model, {**given, "embedding.weight": torch.zeros(11, 6)}, (bare,)
     )  # held after all
     assert not model.output.weight.any() and len(recwarn) == 1
     with pytest.raises(an.CheckpointError, match="missing: embedding.weight"):
@@ -212,15 +322,67 @@ def test_a_hub_model_loads_from_what_the_hub_gives(saved, monkeypatch):
     import huggingface_hub
 
     model, folder = saved
+    (folder / "code.py").write_text("")
     asked = []
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda repo, allow_patterns: asked.append(repo) or str(folder),
+
+    def snapshot(repo, revision, allow_patterns):
+        files = [p.name for p in folder.iterdir() if matches(p.name, allow_patterns)]
+        asked.append((repo, revision, sorted(files)))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    files = ["config.json", "model.safetensors"]
+    assert same(an.create_model("toy", pretrained="somebody/toy-13"), model)
+    assert asked.pop() == ("somebody/toy-13", None, files) and not asked
+    an.create_model("toy", pretrained="somebody/toy-13", revision="v2")
+    assert asked.pop() == ("somebody/toy-13", "v2", files) and not asked
+    assert same(type(model).from_pretrained("somebody/toy", revision="v3"), model)
+    assert asked.pop() == ("somebody/toy", "v3", files) and not asked
+
+
+def test_pickles_are_downloaded_only_where_the_hub_has_nothing_else(
+    saved, monkeypatch, tmp_path
+):
+    import huggingface_hub
+
+    model, folder = saved
+    remote, local, asked = {}, tmp_path / "cache", []
+    local.mkdir()
+
+    def snapshot(repo, revision, allow_patterns):
+        asked.append(allow_patterns)
+        for name, content in remote.items():
+            if matches(name, allow_patterns):
+                (local / name).write_bytes(content)
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    remote["config.json"] = (folder / "config.json").read_bytes()
+    remote["source.spm"] = b"pieces"
+    path = write(model.state_dict(), tmp_path / "weights.bin")
+    remote["pytorch_model.bin"] = path.read_bytes()
+    assert same(an.create_model("toy", pretrained="somebody/old"), model)
+    assert len(asked) == 2 and (local / "source.spm").is_file()
+    remote["model.safetensors"] = (folder / "model.safetensors").read_bytes()
+    (local / "pytorch_model.bin").unlink()
+    assert same(an.create_model("toy", pretrained="somebody/new"), model)
+    assert len(asked) == 3 and not (local / "pytorch_model.bin").exists()
+    for name in ("config.json", "model.safetensors"):
+        (local / name).unlink()
+    remote.clear()
+    refuses("holds no config.json", "toy", pretrained="somebody/empty")
+
+
+@pytest.mark.no_shapes
+def test_only_the_hub_has_revisions(saved, tmp_path):
+    with pytest.raises(an.ConfigError, match="revision: expected with a hub id alone"):
+        an.create_model("toy", pretrained=saved[1], revision="main")
+    refuses(
+        "no model that the hub gave at revision 'v9'",
+        "toy",
+        pretrained="nobody/nothing",
+        revision="v9",
     )
-    assert same(
-        an.create_model("toy", pretrained="somebody/toy-13"), model
-    ) and asked == ["somebody/toy-13"]
 
 
 def test_pushing_uploads_what_saving_writes(saved, monkeypatch):
@@ -334,7 +496,7 @@ def test_another_models_checkpoint(saved, toy, tmp_path):
     refuses("5 missing: .*4 unexpected: bias_hh_l0", "toy", pretrained=lstm)
     with pytest.raises(
         an.CheckpointError,
-        match="expected a folder saved from a OtherToy, it says 'toy'",
+        match="expected a folder saved from a OtherToy; got 'toy'",
     ):
         an.model_info("other_toy").model.from_pretrained(saved[1])
 
@@ -382,7 +544,7 @@ def test_an_exception_while_writing_leaves_the_folder_as_it_was(saved, monkeypat
     model, folder = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     monkeypatch.setattr(
-        checkpoints, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        hub, "save_weights", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
@@ -410,7 +572,7 @@ def test_a_kill_while_writing_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "out" / "a").write_text("old")
     program = textwrap.dedent(f"""
         import time
-        from attn_notes.zoo.checkpoints import atomic_folder
+        from attn_notes.zoo.files import atomic_folder
         with atomic_folder({str(tmp_path / "out")!r}) as part:
             (part / "a").write_text("new")
             print("writing", flush=True)

@@ -1,21 +1,25 @@
-"""What holds for every registered model, whatever it is: size, devices, precisions, compilers, files."""
+"""What holds for every registered model, whatever it is: size, devices, precisions,
+compilers, files."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import attn_notes as an
+from attn_notes.foundations.blocks import Stack
 from attn_notes.zoo.devices import (
     STAND_IN,
     check_model,
     example_loss,
     fake_device,
+    map_tensors,
+    tensors,
     to_stand_in,
 )
-from attn_notes.zoo.registry import count_parameters
+from attn_notes.zoo.factory import count_parameters
+from attn_notes.zoo.hub import PretrainedMixin
 
 every_model = pytest.mark.parametrize("name", an.list_models())
 
@@ -31,25 +35,21 @@ def built(name):
 
 
 def leaves(outputs):
-    return [
-        leaf
-        for leaf in tree_leaves(outputs)
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-    ]
+    return [leaf for leaf in tensors(outputs) if leaf.is_floating_point()]
 
 
 def close(a, b, tolerance):
     a, b = leaves(a), leaves(b)
     return len(a) == len(b) > 0 and all(
         (x.float() - y.float()).norm() <= tolerance * y.float().norm()
-        for x, y in zip(a, b)
+        for x, y in zip(a, b, strict=True)
     )
 
 
 def step(name, model, inputs):
     """Outputs, and gradients of the loss by parameter name."""
     model.zero_grad()
-    outputs = model(*inputs)
+    outputs = model(**inputs)
     example_loss(an.model_info(name).task, outputs, inputs).backward()
     return outputs, {
         key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None
@@ -73,7 +73,10 @@ def test_the_registration_is_complete(name):
         and info.task
         and info.tiny
         and "tiny" in info.recipes
+        and 1990 < info.year < 2030
+        and (info.keeps or info.replaces or info.adds)
     )
+    assert info.model.example_inputs and issubclass(info.model, PretrainedMixin)
     assert info.model.config_class is type(info.config)
     assert (
         count_parameters(an.create_model(name, device="meta", **info.tiny)) < 5_000_000
@@ -93,11 +96,11 @@ def test_it_runs_on_an_accelerator_at_its_published_size(name):
 def test_a_planted_cpu_tensor_is_caught(name, built):
     model, inputs = built
     with fake_device():
-        fakes = tuple(
-            torch.empty(x.shape, dtype=x.dtype, device=STAND_IN) for x in inputs
+        fakes = map_tensors(
+            lambda x: torch.empty(x.shape, dtype=x.dtype, device=STAND_IN), inputs
         )
         to_stand_in(model)
-        example_loss(an.model_info(name).task, model(*fakes), fakes)
+        example_loss(an.model_info(name).task, model(**fakes), fakes)
         module, key = next(
             (m, k)
             for m in reversed(list(model.modules()))
@@ -108,7 +111,7 @@ def test_a_planted_cpu_tensor_is_caught(name, built):
             torch.empty(module._parameters[key].shape)
         )
         with pytest.raises(RuntimeError, match="cpu"):
-            model(*fakes)
+            model(**fakes)
 
 
 @every_model
@@ -147,9 +150,9 @@ def test_the_compiled_model_gives_the_same(name, built, backend):
 def test_the_exported_model_gives_the_same(name, built):
     model, inputs = built
     with torch.no_grad():
-        expected = model(*inputs)
-        exported = torch.export.export(model, inputs).module()
-        assert close(exported(*inputs), expected, 1e-5)
+        expected = model(**inputs)
+        exported = torch.export.export(model, (), inputs).module()
+        assert close(exported(**inputs), expected, 1e-5)
 
 
 @every_model
@@ -161,7 +164,9 @@ def test_saved_and_read_back_it_is_the_same(name, built, tmp_path):
     with torch.no_grad():
         assert all(
             torch.equal(a, b)
-            for a, b in zip(leaves(again(*inputs)), leaves(model(*inputs)))
+            for a, b in zip(
+                leaves(again(**inputs)), leaves(model(**inputs)), strict=True
+            )
         )
 
 
@@ -169,19 +174,40 @@ def test_saved_and_read_back_it_is_the_same(name, built, tmp_path):
 def test_recorded_attention_changes_nothing_and_sums_to_one(name, built):
     model, inputs = built
     with torch.no_grad():
-        expected = model(*inputs)
+        expected = model(**inputs)
         with an.record_attention(model) as maps:
-            assert close(model(*inputs), expected, 1e-5)
+            assert close(model(**inputs), expected, 1e-5)
     for weights in maps.values():
         total = weights.sum(-1)
         assert weights.ndim == 4 and (((total - 1).abs() < 1e-5) | (total == 0)).all()
 
 
 @every_model
+def test_gradient_checkpointing_gives_the_same_with_less_kept(name, built):
+    model, inputs = built
+    stacks = [module for module in model.modules() if isinstance(module, Stack)]
+    if not stacks:
+        pytest.skip("no stack of layers in it")
+    expected, gradients = step(name, model, inputs)
+    calls = []
+    for stack in stacks:
+        assert stack.gradient_checkpointing is False
+        stack.gradient_checkpointing = True
+        stack.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    found, checkpointed = step(name, model, inputs)
+    assert close(found, expected, 1e-6) and checkpointed.keys() == gradients.keys()
+    assert all(
+        (checkpointed[key] - gradients[key]).norm() <= 1e-5 * gradients[key].norm()
+        for key in gradients
+    )
+    assert len(calls) == 2 * len(stacks)  # computed again on the way back
+
+
+@every_model
 def test_float64_and_copies(name, built):
     model, inputs = built
     with torch.no_grad():
-        assert close(copy.deepcopy(model).double()(*inputs), model(*inputs), 1e-5)
+        assert close(copy.deepcopy(model).double()(**inputs), model(**inputs), 1e-5)
 
 
 @every_model
