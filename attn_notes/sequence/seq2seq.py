@@ -9,7 +9,6 @@ __all__ = ['SEQ2SEQ_PAPER', 'SEQ2SEQ_TINY', 'reverse_tokens', 'Seq2SeqConfig', '
            'MultiplicativeAttention', 'Seq2SeqLuong']
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #6c36d1cb
-#| code-fold: true
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +184,6 @@ def init_state(
     return (torch.tanh(projected).unflatten(-1, (config.num_hidden_layers, -1)),)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #02f471e2
-#| code-fold: true
 def init_normal_orthogonal_(module: nn.Module, std: float) -> None:
     """How Cho's and Bahdanau's models start: N(0, std^2), recurrent matrices
     orthogonal, biases 0 (Bahdanau appendix B.1)."""
@@ -451,7 +449,6 @@ SEQ2SEQ_PAPER = Recipe(
 )
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #6d910c69
-#| code-fold: true
 SEQ2SEQ_TINY = Recipe(
     learning_rate=4e-3,
     betas=(0.9, 0.98),
