@@ -6,7 +6,7 @@ __all__ = ['Row', 'TOLERANCES', 'Work', 'REFERENCES', 'CHECKS', 'BUDGET', 'LIMIT
            'milliseconds', 'peak_mebibytes', 'time_works', 'works', 'time_model', 'import_references', 'check_names',
            'in_process', 'device_row', 'run_all', 'main']
 
-# %% ../../nbs/training/08_gpu.ipynb #c053e3a8
+# %% ../../nbs/training/08_gpu.ipynb #053e3a8f
 import argparse
 import json
 import os
@@ -33,7 +33,7 @@ from ..zoo.devices import example_loss
 from ..zoo.factory import create_model, example_inputs
 from ..zoo.registry import list_models, model_info
 
-# %% ../../nbs/training/08_gpu.ipynb #91baa993
+# %% ../../nbs/training/08_gpu.ipynb #ba50cc34
 Row = dict[str, Any]
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -53,11 +53,12 @@ def step(
         outputs = model(**inputs)
         example_loss(model_info(name).task, outputs, inputs).backward()
     floating = [
-        leaf.detach().float().cpu()
+        leaf.detach().float().cpu().clone()
         for leaf in tree_leaves(outputs)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
-    gradients = [p.grad.float().cpu() for p in model.parameters() if p.grad is not None]
+    reached = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [g.float().cpu().clone() for g in reached]  # of their own: models move
     return floating, gradients
 
 
@@ -68,7 +69,8 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def check_equal(name: str, device: str) -> Iterator[Row]:
-    """Forward and backward at the tiny size: accelerator against CPU, a row a precision."""
+    """Forward and backward at the tiny size, accelerator against CPU: a row for each
+    precision."""
     tiny = dict(model_info(name).tiny)
     torch.manual_seed(0)
     model = create_model(name, **tiny).eval().requires_grad_()
@@ -89,9 +91,10 @@ def check_equal(name: str, device: str) -> Iterator[Row]:
                 "passed": max(forward, backward) < tolerance,
             }
 
-# %% ../../nbs/training/08_gpu.ipynb #3d172a26
+# %% ../../nbs/training/08_gpu.ipynb #59f9742c
 def check_compiled(name: str, device: str) -> Iterator[Row]:
-    """The model compiled for the accelerator against itself, and the seconds it took."""
+    """The model compiled for the accelerator against itself, and the seconds it
+    took."""
     tiny = dict(model_info(name).tiny)
     torch.manual_seed(0)
     model = create_model(name, device=device, **tiny)
@@ -113,7 +116,7 @@ def check_compiled(name: str, device: str) -> Iterator[Row]:
         "passed": max(forward, backward) < TOLERANCES[torch.float32],
     }
 
-# %% ../../nbs/training/08_gpu.ipynb #b6d7c852
+# %% ../../nbs/training/08_gpu.ipynb #6d7c852f
 class ExampleTask:
     """Batches of a model's example inputs, and the loss that every output enters."""
 
@@ -194,7 +197,7 @@ def break_off(model: nn.Module, task: ExampleTask, recipe: Any, folder: str) -> 
     except KeyboardInterrupt:
         task.loss = loss  # ty: ignore[invalid-assignment]
 
-# %% ../../nbs/training/08_gpu.ipynb #c574f1f8
+# %% ../../nbs/training/08_gpu.ipynb #574f1f84
 Work = Callable[[], object]
 REFERENCES: dict[str, Callable[[nn.Module], nn.Module]] = {}
 
@@ -266,7 +269,7 @@ def time_works(ours: Work, reference: Work | None, seconds: float) -> Row:
         }
     return row
 
-# %% ../../nbs/training/08_gpu.ipynb #2b8bae11
+# %% ../../nbs/training/08_gpu.ipynb #ede11cf3
 def works(name: str, model: nn.Module, inputs: dict) -> dict[str, Work]:
     """What is timed of a model: forward, forward and backward, generation."""
     first = next(iter(inputs))
@@ -293,12 +296,14 @@ def time_model(name: str, device: str, seconds: float = 4.0) -> Iterator[Row]:
     batch, length = 32, 64
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        model = create_model(name, device=device, dtype=dtype).eval()
+        model = create_model(name, device=device, dtype=dtype)
         inputs = lengthened(example_inputs(name, batch, device), length)
         build = REFERENCES.get(name)
-        reference = None if build is None else build(model).eval()
+        reference = None if build is None else build(model)
         other = works(name, reference, inputs) if reference is not None else {}
         for title, ours in works(name, model, inputs).items():
+            for one in filter(None, (model, reference)):
+                one.train("backward" in title)
             yield {
                 "kind": "time",
                 "name": name,
@@ -309,7 +314,7 @@ def time_model(name: str, device: str, seconds: float = 4.0) -> Iterator[Row]:
                 **time_works(ours, other.get(title), seconds),
             }
 
-# %% ../../nbs/training/08_gpu.ipynb #00cda6ba
+# %% ../../nbs/training/08_gpu.ipynb #0cda6ba4
 CHECKS = {"equal": check_equal, "compile": check_compiled, "resume": check_resumed}
 BUDGET, LIMIT, AT_ONCE = 480, 120, 4  # seconds in all, for one model; processes
 
@@ -361,7 +366,7 @@ def in_process(kind: str, name: str, device: str, until: float) -> list[Row]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return [json.loads(line) for line in lines]
 
-# %% ../../nbs/training/08_gpu.ipynb #86b0c9ce
+# %% ../../nbs/training/08_gpu.ipynb #6b0c9ce2
 def device_row(device: str) -> Row:
     """What the answers depend on."""
     kind = torch.device(device).type
@@ -420,7 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(rows) - 1} rows, {len(failed)} failed, {len(skipped)} skipped")
     return 1 if failed else 0
 
-# %% ../../nbs/training/08_gpu.ipynb #b518e97a
+# %% ../../nbs/training/08_gpu.ipynb #518e97a5
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no __file__
     from attn_notes.training.gpu import main as _main  # not the copy that -m makes
 
