@@ -179,8 +179,11 @@ def _across(
     """How many of `maps` maps (n m) stand side by side within `WIDTH`, and the side of
     a cell in inches."""
     room = WIDTH - 0.5 - 0.09 * max(map(len, rows or [""]))
-    smallest = 0.125 if labelled else 0.045
-    most = max(1, min(maps, 4, int(room / (m * smallest + 0.2))))
+    smallest = (0.125, 0.16) if labelled else (0.045, 0.045)  # for two, for more
+    fits = [
+        k for k in range(1, min(maps, 4) + 1) if (room / k - 0.2) / m >= smallest[k > 2]
+    ]
+    most = max(fits, default=1)
     lines = math.ceil(maps / most)
     across = math.ceil(maps / lines)  # even lines: 5 maps as 3 and 2
     return across, min(0.34, (room / across - 0.2) / m, 4.6 / n)
@@ -369,7 +372,7 @@ def curves(
         figure.legend(loc="outside lower center", ncols=min(columns, len(lines)))
     return figure
 
-# %% ../../nbs/foundations/08_plots.ipynb #2f18fdf2
+# %% ../../nbs/foundations/08_plots.ipynb #f18fdf2e
 TONES = {
     "plain": "#d3d9df",
     "data": "#b4bdc7",
@@ -458,7 +461,7 @@ class _Canvas:
         self.axes.autoscale_view()
         return patch
 
-# %% ../../nbs/foundations/08_plots.ipynb #6ae8546a
+# %% ../../nbs/foundations/08_plots.ipynb #ae8546ac
 class Diagram(_Canvas):
     """A picture of a model, `width` by `height` inches: boxes on a grid, arrows between
     them, frames around them.

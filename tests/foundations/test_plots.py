@@ -317,7 +317,7 @@ def test_many_labels_are_thinned_not_shrunk():
 
 def test_heads_of_a_layer_stay_together():
     "Five heads are three and two; what is not needed is empty; titles in order."
-    figure = show_attention(np.ones((2, 5, 9, 9)), list("abcdefghi"), list("abcdefghi"))
+    figure = show_attention(np.ones((2, 5, 7, 7)), list("abcdefg"), list("abcdefg"))
     panels = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in panels] == [
         f"layer {i}, head {j}" for i in range(2) for j in range(5)
@@ -325,7 +325,7 @@ def test_heads_of_a_layer_stay_together():
     lines = sorted({round(axes.get_subplotspec().rowspan.start) for axes in panels})
     assert lines == [0, 1, 2, 3]
     titles = [f"t{i}" for i in range(10)]
-    figure = show_attention(np.ones((2, 5, 9, 9)), titles=titles)
+    figure = show_attention(np.ones((2, 5, 7, 7)), titles=titles)
     assert [axes.get_title() for axes in figure.axes if axes.images] == titles
     assert show_attention(np.ones((3, 3))).axes[0].get_title() == ""
 
