@@ -1,6 +1,9 @@
-"""The Transformer: equal to torch's and to Marian on the same weights, and what must not change anything, does not."""
+"""The Transformer: equal to torch's and to Marian on the same weights; and what must
+not change anything does not."""
 
+import json
 import re
+import sys
 import warnings
 from dataclasses import replace
 
@@ -12,20 +15,27 @@ from safetensors.torch import load_file
 from torch import nn
 
 import attn_notes as an
-from attn_notes.foundations.attention import record_attention
+from attn_notes.foundations.attention import Attention, record_attention
 from attn_notes.foundations.checks import (
     CheckpointError,
     CheckpointWarning,
     ConfigError,
     InputError,
 )
+from attn_notes.foundations.generation import beam_search, reorder_state
 from attn_notes.foundations.masks import lengths_mask
-from attn_notes.foundations.search import beam_search, reorder_state
-from attn_notes.sequence.seq2seq import Seq2Seq
-from attn_notes.sequence.transformer import TORCH_LAYOUT, Transformer, TransformerConfig
+from attn_notes.sequence.encoder_decoder import EncoderDecoder
+from attn_notes.sequence.transformer import (
+    MARIAN_FORMAT,
+    TORCH_FORMAT,
+    MarianVocabulary,
+    Transformer,
+    TransformerConfig,
+)
 from attn_notes.zoo.checkpoints import fit_state
 from attn_notes.zoo.devices import STAND_IN, check_model, fake_device, to_stand_in
-from attn_notes.zoo.registry import count_parameters, create_model, model_info
+from attn_notes.zoo.factory import count_parameters, create_model, example_inputs
+from attn_notes.zoo.registry import model_info
 
 SMALL = TransformerConfig(
     vocab_size=30,
@@ -47,16 +57,16 @@ kinds, seeds = st.sampled_from(list(KINDS.values())), st.integers(0, 999)
 
 
 def shake(model, noise=0.2):
-    """Every parameter with noise on it, so that no bias is zero and no norm is neutral."""
+    """Every parameter with noise on it: no bias is zero and no norm is neutral."""
     for parameter in model.parameters():
         parameter.data += noise * torch.randn_like(parameter)
     return model
 
 
-def shaken(kind={}, seed=0, **change):
+def shaken(kind=None, seed=0, **change):
     """A model in double precision of which no two parts are alike."""
     torch.manual_seed(seed)
-    return shake(Transformer(replace(SMALL, **kind, **change)).double().eval())
+    return shake(Transformer(replace(SMALL, **(kind or {}), **change)).double().eval())
 
 
 def pairs(rows=3, n=7, m=6, seed=0, vocab=30):
@@ -69,7 +79,7 @@ def pairs(rows=3, n=7, m=6, seed=0, vocab=30):
 
 
 def right_mask(rows, m, seed):
-    """True on the first words of each row, at least one."""
+    """True on the first tokens of each row, at least one."""
     return lengths_mask(
         torch.randint(
             1, m + 1, (rows,), generator=torch.Generator().manual_seed(seed + 1)
@@ -78,16 +88,16 @@ def right_mask(rows, m, seed):
     )
 
 
-def waves(n, d):
+def sinusoids(n, d):
     """The paper's section 3.5, one entry at a time."""
     rows = [
         [
             (torch.cos if i % 2 else torch.sin)(
-                torch.tensor(place / 10000 ** ((i - i % 2) / d), dtype=torch.float64)
+                torch.tensor(position / 10000 ** ((i - i % 2) / d), dtype=torch.float64)
             )
             for i in range(d)
         ]
-        for place in range(n)
+        for position in range(n)
     ]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -96,7 +106,8 @@ def waves(n, d):
 
 
 def count_by_hand(vocab, d, d_ff, layers):
-    """Every matrix of the paper, one by one: no biases in attention, no norm behind the stacks, one matrix of words."""
+    """Every matrix of the paper, one by one: no biases in attention, no norm behind the
+    stacks, one matrix of tokens."""
     attention = sum(rows * columns for rows, columns in [(d, d)] * 4)
     feed_forward = (d * d_ff + d_ff) + (d_ff * d + d)
     encoder_layer = attention + feed_forward + 2 * (d + d)
@@ -175,7 +186,8 @@ def test_paper_recipe(size, steps, last, every):
 
 
 def twins(config, as_in_paper=False, seed=0, noise=0.2):
-    """torch's module and ours with its weights. As in the paper: without its last norms and its attention biases."""
+    """torch's module and ours with its weights. As in the paper: without its last norms
+    and its attention biases."""
     torch.manual_seed(seed)
     c = config
     with warnings.catch_warnings(
@@ -206,25 +218,26 @@ def twins(config, as_in_paper=False, seed=0, noise=0.2):
         noise,
     )
     missing = model.load_state_dict(
-        TORCH_LAYOUT.apply(reference.state_dict()), strict=False
+        TORCH_FORMAT.apply(reference.state_dict(), model), strict=False
     )
-    assert missing.missing_keys == ["embedding.words.weight"] and all(
+    assert missing.missing_keys == ["embedding.tokens.weight"] and all(
         "attention" in key and "bias" in key for key in missing.unexpected_keys
     )
     return reference, model
 
 
-def gradients(logits, vectors, words, module, ours):
-    """By name, of a loss that every logit has a part in: for the vectors that go in, the words' matrix and every weight."""
+def gradients(logits, vectors, table, module, ours):
+    """By name, of a loss that every logit has a part in: for the vectors that go in,
+    the embedding matrix and every weight."""
     own = (
         dict(module.named_parameters())
         if ours
-        else TORCH_LAYOUT.apply(dict(module.named_parameters()))
+        else TORCH_FORMAT.apply(dict(module.named_parameters()), module)
     )
     named = {
         "source vectors": vectors[0],
         "target vectors": vectors[1],
-        "embedding.words.weight": words,
+        "embedding.tokens.weight": table,
         **own,
     }
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)).to(
@@ -236,18 +249,20 @@ def gradients(logits, vectors, words, module, ours):
             torch.autograd.grad(
                 (logits.log_softmax(-1) * weights).sum(), list(named.values())
             ),
+            strict=True,
         )
     )
 
 
 def both(reference, model, source, target, source_mask, target_mask):
-    """(logits, gradients) of torch's module between embeddings written out here, and of ours."""
-    words, places = (
-        model.embedding.words.weight.detach().clone().requires_grad_(),
+    """(logits, gradients) of torch's module between embeddings written out here, and of
+    ours."""
+    table, positions = (
+        model.embedding.tokens.weight.detach().clone().requires_grad_(),
         model.embedding.positions.weight,
     )
-    d, m = words.shape[1], target.shape[1]
-    x, y = (words[ids] * d**0.5 + places[: ids.shape[1]] for ids in (source, target))
+    d, m = table.shape[1], target.shape[1]
+    x, y = (table[ids] * d**0.5 + positions[: ids.shape[1]] for ids in (source, target))
     hidden = {"tgt_mask": torch.ones(m, m, dtype=torch.bool).triu(1)}
     if source_mask is not None:
         hidden |= {
@@ -256,16 +271,16 @@ def both(reference, model, source, target, source_mask, target_mask):
         }
     if target_mask is not None:
         hidden |= {"tgt_key_padding_mask": ~target_mask}
-    theirs = reference(x, y, **hidden) @ words.T
+    theirs = reference(x, y, **hidden) @ table.T
     vectors = []
     handle = model.embedding.register_forward_hook(
         lambda module, given, output: vectors.append(output)
     )
     ours = model(source, target, source_mask, target_mask)
     handle.remove()
-    return (theirs, gradients(theirs, (x, y), words, reference, False)), (
+    return (theirs, gradients(theirs, (x, y), table, reference, False)), (
         ours,
-        gradients(ours, vectors, model.embedding.words.weight, model, True),
+        gradients(ours, vectors, model.embedding.tokens.weight, model, True),
     )
 
 
@@ -364,12 +379,12 @@ def test_the_weights_of_torch_load(norm_first, tmp_path):
     )
     with pytest.warns(
         CheckpointWarning,
-        match=r"not in this layout, left as they were: embedding\.words\.weight$",
+        match=r"not in this format, left as they were: embedding.tokens\.weight$",
     ):
         loaded = create_model("transformer_base", **options)
     fresh = Transformer(model.config)
-    with pytest.warns(CheckpointWarning, match=r"embedding\.words\.weight$"):
-        fit_state(fresh, reference.state_dict(), (TORCH_LAYOUT,))
+    with pytest.warns(CheckpointWarning, match=r"embedding.tokens\.weight$"):
+        fit_state(fresh, reference.state_dict(), (TORCH_FORMAT,))
     for other in (loaded, fresh):
         found = other.state_dict()
         assert all(
@@ -407,9 +422,9 @@ def test_weights_that_the_model_has_no_place_for_are_listed(without, named):
     before = {key: value.clone() for key, value in paper.state_dict().items()}
     with pytest.raises(
         CheckpointError,
-        match=r"torch\.nn\.Transformer layout\) does not fit Transformer: \d+ unexpected: ",
+        match=r"nn\.Transformer format\) does not fit Transformer: \d+ unexpected: ",
     ) as refused:
-        fit_state(paper, reference.state_dict(), (TORCH_LAYOUT,))
+        fit_state(paper, reference.state_dict(), (TORCH_FORMAT,))
     assert all(name in str(refused.value) for name in named)
     assert all(
         torch.equal(value, before[key]) for key, value in paper.state_dict().items()
@@ -418,24 +433,48 @@ def test_weights_that_the_model_has_no_place_for_are_listed(without, named):
 
 # ---- equal to Marian of transformers, which has embeddings and a cache of its own
 
-MARIAN = (
-    (r"model\.shared\.", "embedding.words."),
-    (r"^model\.", ""),
-    (r"\.self_attn\.", ".attention."),
-    (r"\.encoder_attn\.", ".cross_attention."),
-    (r"\.fc([12])\.", r".feed_forward.linear\1."),
-    (r"\.self_attn_layer_norm\.", ".attention_path.norm."),
-    (r"\.encoder_attn_layer_norm\.", ".cross_path.norm."),
-    (r"\.final_layer_norm\.", ".feed_forward_path.norm."),
-)
+ENGLISH = [
+    "the cat sees the dog",
+    "a dog sees a cat",
+    "the dogs see",
+    "a cat and a dog",
+]
+GERMAN = ["die Katze sieht den Hund", "ein Hund sieht eine Katze", "die Hunde sehen"]
+
+
+def write_vocabulary(folder, vocab_size=30):
+    """Two small sentencepiece models, and one table of ids as Marian has it: the end
+    token first, the padding last."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    index = {"</s>": 0, "<unk>": 1}
+    for side, texts in (("source", ENGLISH), ("target", GERMAN)):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 5),
+            model_prefix=str(folder / side),
+            vocab_size=20,
+            hard_vocab_limit=False,
+            bos_id=-1,
+            minloglevel=2,
+        )
+        (folder / f"{side}.model").rename(folder / f"{side}.spm")
+        lines = (folder / f"{side}.vocab").read_text("utf-8").splitlines()
+        for piece in [line.split("\t")[0] for line in lines][2:]:
+            if len(index) < vocab_size - 1:
+                index.setdefault(piece, len(index))
+    index["<pad>"] = len(index)
+    (folder / "vocab.json").write_text(json.dumps(index), encoding="utf-8")
+    return len(index)
 
 
 @pytest.fixture(scope="module")
-def marian():
-    """Marian, shaken, and ours with its weights; the places of ours are copied into it, for it puts the sines before the cosines."""
+def marian(tmp_path_factory):
+    """Marian of transformers, shaken, and the folder that it writes, with sentencepiece
+    models as on the hub."""
     transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("opus-mt-en-de")
+    vocab_size = write_vocabulary(folder)
     config = transformers.MarianConfig(
-        vocab_size=30,
+        vocab_size=vocab_size,
         d_model=12,
         encoder_layers=2,
         decoder_layers=2,
@@ -443,85 +482,152 @@ def marian():
         decoder_attention_heads=3,
         encoder_ffn_dim=20,
         decoder_ffn_dim=20,
-        activation_function="relu",
-        dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
+        activation_function="swish",
         scale_embedding=True,
         max_position_embeddings=24,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        decoder_start_token_id=BOS,
+        pad_token_id=vocab_size - 1,
+        eos_token_id=0,
+        decoder_start_token_id=vocab_size - 1,
         forced_eos_token_id=None,
     )
-    torch.manual_seed(8)  # one whose sentences end at different places
-    reference = shake(transformers.MarianMTModel(config).double().eval())
-    state = reference.state_dict()
-    for name in [
-        name
-        for name in state
-        if name.endswith("q_proj.weight") or name.endswith("q_proj.bias")
-    ]:
-        state[re.sub(r"q_proj\.(\w+)$", r"in_proj_\1", name)] = torch.cat(
-            [state.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
-        )
-    renamed = {}
-    for name, value in state.items():
-        for pattern, replacement in MARIAN:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    model = Transformer(replace(SMALL, attention_bias=True)).double().eval()
-    model.load_state_dict({name: renamed[name] for name in model.state_dict()})
-    for side in (reference.model.encoder, reference.model.decoder):
-        side.embed_positions.weight.data.copy_(model.embedding.positions.weight)
-    return reference, model
+    torch.manual_seed(19)  # one whose sentences end at different positions
+    reference = transformers.MarianMTModel(config).eval()
+    for name, parameter in reference.named_parameters():
+        if "embed_positions" not in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    reference.final_logits_bias += 0.5 * torch.randn(1, vocab_size)
+    reference.final_logits_bias[0, 0] = 1
+    reference.save_pretrained(folder)
+    return reference.double(), folder
+
+
+@pytest.fixture(scope="module")
+def ours(marian):
+    model = create_model("transformer_base", pretrained=marian[1])
+    assert not model.training and model.config.positions == "sinusoidal_halves"
+    return model.double()
 
 
 @settings(max_examples=8)
 @given(n=st.integers(1, 9), m=st.integers(1, 8), seed=seeds)
-def test_equals_marian(marian, n, m, seed):
-    reference, model = marian
-    source, target, mask = pairs(rows=4, n=n, m=m, seed=seed)
-    theirs = reference(
+def test_equals_marian(marian, ours, n, m, seed):
+    source, target, mask = pairs(
+        rows=4, n=n, m=m, seed=seed, vocab=ours.config.vocab_size
+    )
+    theirs = marian[0](
         input_ids=source, attention_mask=mask.long(), decoder_input_ids=target
     ).logits
-    assert (theirs - model(source, target, mask)).abs().max() < 1e-10
+    assert (theirs - ours(source, target, mask)).abs().max() < 1e-10
 
 
-# transformers divides by length ** alpha, and not by the paper's ((5 + length) / 6) ** alpha: with alpha = 0 both rank by log p
+# transformers divides by length ** alpha, and not by the paper's
+# ((5 + length) / 6) ** alpha: with alpha = 0 both rank by log p
 @pytest.mark.parametrize(
     "options",
     [dict(num_beams=1), dict(num_beams=4, length_penalty=0.0)],
     ids=["greedy", "beam"],
 )
-def test_writes_what_marian_writes(marian, options):
-    reference, model = marian
-    source, _, mask = pairs(rows=12, n=9, seed=5)
-    theirs = reference.generate(
+def test_generates_what_marian_generates(marian, ours, options):
+    pad = ours.config.pad_token_id
+    source, _, mask = pairs(rows=12, n=9, seed=5, vocab=pad)
+    theirs = marian[0].generate(
         input_ids=source,
         attention_mask=mask.long(),
         max_new_tokens=18,
         do_sample=False,
         early_stopping=False,
+        bad_words_ids=[[pad]],
         **options,
     )
-    ours = model.generate(source, mask, max_new_tokens=18, **options)
-    assert torch.equal(theirs[:, 1:], ours)
-    lengths = (ours != PAD).sum(1)
-    assert len(lengths.unique()) > 1  # some end early
+    found = ours.generate(source, mask, max_new_tokens=18, **options)
+    assert torch.equal(theirs[:, 1:], found)
+    assert len((found != pad).sum(1).unique()) > 1  # some end early
 
 
-# ---- the parts: one matrix of words, places, where dropout acts
+def test_marian_never_generates_padding(ours):
+    source, _, mask = pairs(rows=12, n=9, seed=5, vocab=ours.config.pad_token_id)
+    bias = ours.embedding.logits_bias
+    before, pad = bias[-1].item(), ours.config.pad_token_id
+    bias.data[-1] = 100.0  # the padding would win everywhere
+    try:
+        assert (ours.generate(source, mask, max_new_tokens=3)[:, 0] != pad).all()
+        assert (ours(source, source, mask).argmax(-1) == pad).all()
+    finally:
+        bias.data[-1] = before
+
+
+def test_marian_files_of_the_hub_load(marian, ours, tmp_path):
+    """Pickled, with every copy of the tied matrix and both tables of positions."""
+    state = {name: value.float() for name, value in marian[0].state_dict().items()}
+    assert {"lm_head.weight", "model.decoder.embed_positions.weight"} <= set(state)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((marian[1] / "config.json").read_text())
+    loaded = create_model("transformer_big", pretrained=tmp_path)
+    assert loaded.config == ours.config
+    for name, value in ours.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name].double(), value), name
+
+
+def test_marian_vocabulary(marian, recwarn):
+    transformers = pytest.importorskip("transformers")
+    folder, names = marian[1], ("source.spm", "target.spm", "vocab.json")
+    theirs = transformers.MarianTokenizer(*(str(folder / name) for name in names))
+    source, target = (MarianVocabulary(folder, side) for side in ("source", "target"))
+    for text in (*ENGLISH, "cats see dogs", "der Tag"):
+        assert source.encode(text) == theirs(text).input_ids
+        assert target.encode(text) == theirs(text_target=text).input_ids
+    for text in GERMAN:
+        ids = target.encode(text) + [target.index["<pad>"]]
+        expected = theirs.spm_target.decode(theirs.spm_target.encode(text))
+        if not target.oov_tokens(text):
+            assert target.decode(ids) == expected == text
+    assert source.oov_tokens("x")[-1] == "x" and not source.oov_tokens("the cat")
+    assert len(source) == len(target) == len(theirs)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"scale_embedding": False}, "scale_embedding: expected True; got False"),
+        ({"decoder_layers": 3}, "decoder_layers: expected 2; got 3"),
+        ({"activation_function": "tanh"}, "activation must be one of .*; got 'tanh'"),
+        (
+            {"share_encoder_decoder_embeddings": False},
+            "share_encoder_decoder_embeddings: expected True; got False",
+        ),
+    ],
+)
+def test_a_marian_of_another_kind_is_refused(marian, tmp_path, change, words):
+    stored = json.loads((marian[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **change}))
+    (tmp_path / "model.safetensors").write_bytes(
+        (marian[1] / "model.safetensors").read_bytes()
+    )
+    with pytest.raises(CheckpointError, match=f"config.json: {words}$"):
+        create_model("transformer_base", pretrained=tmp_path)
+
+
+def test_marian_weights_without_a_part_are_refused(marian):
+    state = marian[0].state_dict()
+    del state["model.decoder.layers.1.encoder_attn.k_proj.weight"]
+    model = Transformer(SMALL)
+    with pytest.raises(CheckpointError, match="3 parts to join; got only some beside"):
+        fit_state(model, state, (MARIAN_FORMAT,))
+
+
+# ---- the parts: one matrix of tokens, positions, where dropout acts
 
 
 @every_kind
-def test_words_are_scaled_and_places_are_added(kind):
+def test_tokens_are_scaled_and_positions_are_added(kind):
     model, ids = shaken(kind), pairs()[0]
-    table = model.embedding.positions.weight if "positions" in kind else waves(24, 12)
+    table = (
+        model.embedding.positions.weight if "positions" in kind else sinusoids(24, 12)
+    )
     for start in (0, 5, 17):
         expected = (
-            model.embedding.words.weight[ids] * 12**0.5 + table[start : start + 7]
+            model.embedding.tokens.weight[ids] * 12**0.5 + table[start : start + 7]
         )
         assert torch.allclose(
             model.embedding(ids, start), expected, rtol=0, atol=1e-6
@@ -534,12 +640,12 @@ def test_one_matrix_for_source_target_and_softmax(tmp_path):
     kept = load_file(tmp_path / "model" / "model.safetensors")
     for named in (model.state_dict(), dict(model.named_parameters()), kept):
         assert [name for name, value in named.items() if 30 in value.shape] == [
-            "embedding.words.weight"
+            "embedding.tokens.weight"
         ]
     target, source = (
         10 + target % 10,
         20 + source % 10,
-    )  # words 3 to 9 are in neither: only the softmax has them
+    )  # tokens 3 to 9 are in neither: only the softmax has them
     parts = {}
     for name, ids in (
         ("softmax", slice(3, 10)),
@@ -547,7 +653,7 @@ def test_one_matrix_for_source_target_and_softmax(tmp_path):
         ("source", slice(20, 30)),
     ):
         before = model(source, target, mask)
-        model.embedding.words.weight.data[ids] += 0.1
+        model.embedding.tokens.weight.data[ids] += 0.1
         parts[name] = (
             (model(source, target, mask) - before)[..., :3].abs().max().item(),
             (model(source, target, mask) - before).abs().max().item(),
@@ -572,15 +678,17 @@ def test_initial_weights():
             attention_bias=True,
         )
     )
-    assert model.embedding.words.weight.std().item() == pytest.approx(
+    assert model.embedding.tokens.weight.std().item() == pytest.approx(
         64**-0.5, rel=0.02
     )
     assert model.embedding.positions.weight.std().item() == pytest.approx(
         0.5**0.5, rel=0.02
-    )  # the size of the waves
+    )  # the size of the sinusoids
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            assert (parameter == (1 if name.endswith("norm.weight") else 0)).all(), name
+            assert (
+                parameter == (1 if re.search(r"norm\d\.weight$", name) else 0)
+            ).all(), name
         elif not name.startswith("embedding"):
             assert parameter.abs().max().item() == pytest.approx(
                 (6 / sum(parameter.shape)) ** 0.5, rel=0.02
@@ -589,16 +697,8 @@ def test_initial_weights():
 
 def test_dropout_acts_on_the_embeddings_and_on_every_sub_layer():
     model = shaken(dropout=0.3)
-    sub_layers = {
-        "encoder": ("attention", "feed_forward"),
-        "decoder": ("attention", "cross", "feed_forward"),
-    }
-    expected = {
-        f"{side}.layers.{i}.{path}_path.dropout"
-        for side, paths in sub_layers.items()
-        for path in paths
-        for i in range(2)
-    }
+    layers = [f"{side}.layers.{i}" for side in ("encoder", "decoder") for i in range(2)]
+    expected = {f"{layer}.dropout" for layer in layers}
     found = {
         name
         for name, part in model.named_modules()
@@ -607,11 +707,16 @@ def test_dropout_acts_on_the_embeddings_and_on_every_sub_layer():
     assert found == expected | {"embedding.dropout"} and {
         model.get_submodule(name).p for name in found
     } == {0.3}
-    assert all(
-        part.attend.dropout == 0
-        for name, part in model.named_modules()
-        if hasattr(part, "attend")
-    )
+    weights = [part for part in model.modules() if isinstance(part, Attention)]
+    assert len(weights) == 6 and all(part.dropout == 0 for part in weights)
+    acted, x = [], torch.ones(1, 1, 12, dtype=torch.float64)
+    for layer in layers:  # how often in a block: once for every sub-layer
+        part, seen = model.get_submodule(layer), []
+        hook = part.dropout.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        part(x, x) if "decoder" in layer else part(x)
+        hook.remove()
+        acted.append(len(seen))
+    assert acted == [2, 2, 3, 3]
 
 
 @every_kind
@@ -658,33 +763,33 @@ def test_padding_changes_nothing(kind, seed, more_source, more_target):
 
 @settings(max_examples=12)
 @given(kinds, seeds, st.integers(0, 4))
-def test_a_hidden_word_of_the_target_is_not_looked_at(kind, seed, place):
+def test_a_hidden_token_of_the_target_is_not_looked_at(kind, seed, position):
     model = shaken(kind)
     source, target, mask = pairs(seed=seed)
     target_mask = torch.ones_like(target, dtype=torch.bool)
-    target_mask[:, place] = False
+    target_mask[:, position] = False
     other = target.clone()
-    other[:, place] = 4 + (other[:, place] - 3) % 26
-    a, b = (model(source, words, mask, target_mask) for words in (target, other))
+    other[:, position] = 4 + (other[:, position] - 3) % 26
+    a, b = (model(source, ids, mask, target_mask) for ids in (target, other))
     assert torch.allclose(
         a[target_mask], b[target_mask], rtol=0, atol=1e-12
-    ) and not torch.allclose(a[:, place], b[:, place])
+    ) and not torch.allclose(a[:, position], b[:, position])
 
 
 @settings(max_examples=12)
 @given(kinds, seeds, st.integers(0, 5))
-def test_a_word_changes_nothing_before_it(kind, seed, place):
+def test_a_token_changes_nothing_before_it(kind, seed, position):
     model = shaken(kind)
     source, target, mask = pairs(seed=seed)
     other = target.clone()
-    other[:, place] = 4 + (other[:, place] - 3) % 26
+    other[:, position] = 4 + (other[:, position] - 3) % 26
     for target_mask in (None, torch.ones_like(target, dtype=torch.bool)):
         before, after = (
-            model(source, words, mask, target_mask) for words in (target, other)
+            model(source, ids, mask, target_mask) for ids in (target, other)
         )
         assert (
-            torch.equal(before[:, :place], after[:, :place])
-            and (before[:, place:] != after[:, place:]).any(-1).all()
+            torch.equal(before[:, :position], after[:, :position])
+            and (before[:, position:] != after[:, position:]).any(-1).all()
         )
 
 
@@ -710,15 +815,13 @@ def test_rows_know_nothing_of_each_other(kind):
 
 
 @every_kind
-def test_every_word_of_the_source_reaches_every_place(kind):
+def test_every_token_of_the_source_reaches_every_position(kind):
     model, (source, target, _) = shaken(kind), pairs()
     before = model(source, target)
-    for place in range(7):
+    for position in range(7):
         other = source.clone()
-        other[:, place] = 4 + (other[:, place] - 3) % 26
-        assert (
-            (model(source=other, target_in=target) - before).abs().amax(-1) > 1e-9
-        ).all()
+        other[:, position] = 4 + (other[:, position] - 3) % 26
+        assert ((model(other, target) - before).abs().amax(-1) > 1e-9).all()
     turned = source.flip(1)
     assert not torch.allclose(model(turned, target), before)  # and the order counts
 
@@ -734,17 +837,18 @@ def test_pieces_equal_the_whole(kind, seed, pieces, padded):
     mask = mask if padded else None
     full = model(source, target, mask)
     state, logits = model.encode(source, mask), []
-    for words in target.split(pieces, dim=1):
-        part, state = model.decode(words, state)
+    for ids in target.split(pieces, dim=1):
+        part, state = model.decode(ids, state)
         logits.append(part)
     assert torch.allclose(torch.cat(logits, 1), full, rtol=0, atol=1e-12)
-    assert {cache.length for cache in state["past"]} == {sum(pieces)}
+    assert {past.length for past in state["past"]} == {sum(pieces)}
 
 
 @settings(max_examples=12)
 @given(kinds, seeds, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_hypotheses_of_a_sentence_share_its_memory(kind, seed, k, m, more):
-    """k different beginnings for each of three sentences, then shuffled within the sentences, and continued."""
+    """k different beginnings for each of three sentences, then shuffled within the
+    sentences, and continued."""
     model = shaken(kind)
     source, target, mask = pairs(m=m + more, rows=3 * k, seed=seed)
     source, mask = source[:3], mask[:3]
@@ -762,31 +866,40 @@ def test_hypotheses_of_a_sentence_share_its_memory(kind, seed, k, m, more):
         rtol=0,
         atol=1e-12,
     )
-    assert state["memory"] is start["memory"]
+    assert all(a is b for a, b in zip(state["memory"], start["memory"], strict=True))
 
 
-# ---- writing
+@every_kind
+def test_a_state_stays_as_it_is(kind):
+    """Two ways to go on from one state, in any order, give what a whole pass gives."""
+    model = shaken(kind)
+    source, target, mask = pairs(m=8)
+    other = target.flip(0)
+    with torch.no_grad():
+        _, state = model.decode(target[:, :3], model.encode(source, mask))
+        ways = (target[:, 3:5], other[:, 3:], target[:, 3:])
+        found = [model.decode(tokens, state)[0] for tokens in ways]
+    for tokens, logits in zip(ways, found, strict=True):
+        whole = model(source, torch.cat([target[:, :3], tokens], 1), mask)[:, 3:]
+        assert torch.allclose(whole, logits, rtol=0, atol=1e-12)
+
+
+# ---- generation
 
 
 def without_cache(model, source, mask, max_new_tokens, num_beams, length_penalty):
-    """The search of `generate` over a state of plain rows: every step is a whole pass over the words so far."""
+    """The search of `generate` over a state of plain rows: every step is a whole pass
+    over the tokens so far."""
 
-    def step(last, state):
-        state["words"] = torch.cat([state["words"], last[:, None]], 1)
-        return model(state["source"], state["words"], state["mask"])[:, -1], state
+    def step(new, state):
+        tokens = torch.cat([state["tokens"], new], 1)
+        logits = model(state["source"], tokens, state["mask"])[:, -1]
+        return logits, {**state, "tokens": tokens}
 
-    state = {"source": source, "mask": mask, "words": source[:, :0]}
-    return beam_search(
-        step,
-        state,
-        len(source),
-        BOS,
-        EOS,
-        PAD,
-        max_new_tokens,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-    )
+    state = {"source": source, "mask": mask, "tokens": source[:, :0]}
+    prompt = torch.full((len(source), 1), BOS)
+    options = max_new_tokens, num_beams, length_penalty
+    return beam_search(step, state, prompt, EOS, PAD, *options)
 
 
 @every_kind
@@ -797,9 +910,7 @@ def test_search_with_a_cache_equals_search_without(kind, num_beams, length_penal
     bounds = mask.sum(1) + 8
     expected = without_cache(model, source, mask, bounds, num_beams, length_penalty)
     assert torch.equal(
-        super(Transformer, model).generate(
-            source, mask, bounds, num_beams, length_penalty
-        ),
+        EncoderDecoder.generate(model, source, mask, bounds, num_beams, length_penalty),
         expected,
     )
     assert torch.equal(
@@ -812,22 +923,22 @@ def test_search_with_a_cache_equals_search_without(kind, num_beams, length_penal
 def test_greedy_is_the_argmax_of_the_full_pass(kind):
     model = shaken(kind)
     source, _, mask = pairs(rows=6)
-    words = model.generate(source, mask, max_new_tokens=10)
+    tokens = model.generate(source, mask, max_new_tokens=10)
     best = model(
-        source, nn.functional.pad(words[:, :-1], (1, 0), value=BOS), mask
+        source, nn.functional.pad(tokens[:, :-1], (1, 0), value=BOS), mask
     ).argmax(-1)
     unfinished = nn.functional.pad(
-        (words[:, :-1] != EOS).cumprod(1).bool(), (1, 0), value=True
+        (tokens[:, :-1] != EOS).cumprod(1).bool(), (1, 0), value=True
     )
     assert (
-        torch.equal(words[unfinished], best[unfinished])
-        and (words[~unfinished] == PAD).all()
+        torch.equal(tokens[unfinished], best[unfinished])
+        and (tokens[~unfinished] == PAD).all()
     )
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_a_batch_is_written_as_its_sentences_alone(num_beams):
-    """With the paper's search: alpha 0.6, and each sentence bound by its own length + 50."""
+def test_a_batch_is_generated_as_its_sentences_alone(num_beams):
+    """The paper's search: alpha 0.6, each sentence bound by its own length + 50."""
     model = shaken(max_position_embeddings=80, num_hidden_layers=1, seed=1)
     source, _, mask = pairs(rows=4)
     together = model.generate(source, mask, num_beams=num_beams)
@@ -845,7 +956,7 @@ def test_a_batch_is_written_as_its_sentences_alone(num_beams):
 @pytest.mark.no_shapes
 def test_what_the_paper_searches_with_is_the_default(monkeypatch):
     monkeypatch.setattr(
-        Seq2Seq, "generate", lambda self, source, mask, *options: options
+        EncoderDecoder, "generate", lambda self, source, mask, *options: options
     )
     source, _, mask = pairs()
     bounds, num_beams, length_penalty = shaken(max_position_embeddings=80).generate(
@@ -858,11 +969,11 @@ def test_what_the_paper_searches_with_is_the_default(monkeypatch):
 
 
 def endless(model):
-    """The same model, which never writes the end symbol, nor the padding."""
+    """The same model, which never generates the end token, nor the padding."""
     decode = model.decode
 
-    def never(words, state):
-        logits, state = decode(words, state)
+    def never(tokens, state):
+        logits, state = decode(tokens, state)
         logits[..., [PAD, EOS]] = -torch.inf
         return logits, state
 
@@ -871,15 +982,15 @@ def endless(model):
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_a_sentence_becomes_at_most_fifty_words_longer(num_beams):
+def test_a_sentence_becomes_at_most_fifty_tokens_longer(num_beams):
     source, _, mask = pairs(rows=3)
-    written = endless(shaken(num_hidden_layers=1, max_position_embeddings=80)).generate(
-        source, mask, num_beams=num_beams
-    )
-    assert (written != PAD).sum(1).tolist() == (mask.sum(1) + 50).tolist() and len(
+    generated = endless(
+        shaken(num_hidden_layers=1, max_position_embeddings=80)
+    ).generate(source, mask, num_beams=num_beams)
+    assert (generated != PAD).sum(1).tolist() == (mask.sum(1) + 50).tolist() and len(
         mask.sum(1).unique()
     ) > 1
-    for mask_ in (mask, None):  # nor longer than there are places
+    for mask_ in (mask, None):  # nor longer than there are positions
         assert (
             endless(shaken(num_hidden_layers=1)).generate(
                 source, mask_, num_beams=num_beams
@@ -893,29 +1004,27 @@ def test_the_memory_is_never_copied():
     source, _, mask = pairs(rows=2)
     decode, seen = model.decode, []
 
-    def watched(words, state):
+    def watched(tokens, state):
         seen.append(
             [
-                (x.untyped_storage().data_ptr(), x.shape, len(words))
-                for x in state["memory"].keys_values
+                (x.keys.untyped_storage().data_ptr(), x.keys.shape, len(tokens))
+                for x in state["memory"]
             ]
         )
-        return decode(words, state)
+        return decode(tokens, state)
 
     model.decode = watched
     model.generate(source, mask, max_new_tokens=5, num_beams=4)
-    assert (
-        len(seen) == 5
-        and all(step == seen[0] for step in seen)
-        and {shape for _, shape, _ in seen[0]} == {(2, 2, 3, 7, 4)}
-    )
-    assert {rows for _, _, rows in seen[0]} == {8}
+    assert [step[0][2] for step in seen] == [2, 8, 8, 8, 8]  # rows of tokens
+    memory = [[layer[:2] for layer in step] for step in seen]
+    assert all(step == memory[0] for step in memory)
+    assert {shape for _, shape in memory[0]} == {(2, 3, 7, 4)}
 
 
 # ---- what the heads look at
 
 ENCODER, SELF, CROSS = (
-    [f"{path}.attend" for path in paths]
+    [f"{path}.attention" for path in paths]
     for paths in (
         ["encoder.layers.0.attention", "encoder.layers.1.attention"],
         ["decoder.layers.0.attention", "decoder.layers.1.attention"],
@@ -925,7 +1034,8 @@ ENCODER, SELF, CROSS = (
 
 
 def check_maps(maps, mask, steps):
-    """Every layer recorded, every row of weights sums to one, nothing on hidden words or on later ones."""
+    """Every layer recorded, every row of weights sums to one, nothing on hidden tokens
+    or on later ones."""
     b, n = mask.shape
     assert set(maps) == {*ENCODER, *SELF, *CROSS}
     for names, shape in (
@@ -951,41 +1061,71 @@ def check_maps(maps, mask, steps):
 def test_attention_is_recorded_in_every_layer(kind):
     model = shaken(kind)
     source, target, mask = pairs()
-    expected, words = (
+    expected, tokens = (
         model(source, target, mask),
         model.generate(source, mask, max_new_tokens=5),
     )
     with record_attention(model) as maps:
         assert torch.allclose(model(source, target, mask), expected, rtol=0, atol=1e-12)
         check_maps(maps, mask, 6)
-        assert torch.equal(model.generate(source, mask, max_new_tokens=5), words)
-        check_maps(maps, mask, words.shape[1])
-        written = dict(maps)
-        model(source, nn.functional.pad(words[:, :-1], (1, 0), value=BOS), mask)
+        assert torch.equal(model.generate(source, mask, max_new_tokens=5), tokens)
+        check_maps(maps, mask, tokens.shape[1])
+        stepwise = dict(maps)
+        model(source, nn.functional.pad(tokens[:, :-1], (1, 0), value=BOS), mask)
         assert all(
-            torch.allclose(written[name], maps[name], rtol=0, atol=1e-12)
+            torch.allclose(stepwise[name], maps[name], rtol=0, atol=1e-12)
             for name in maps
         )  # step by step as all at once
     assert torch.equal(
         model.generate(source, mask, max_new_tokens=5, num_beams=3),
-        written_by_beam(model, source, mask),
+        recorded_beam(model, source, mask),
     )
 
 
-def written_by_beam(model, source, mask):
-    """The same search while it is recorded; its cross-attention, too, leaves out the padding."""
+def recorded_beam(model, source, mask):
+    """The same search while it is recorded; its cross-attention, too, leaves out the
+    padding."""
     with record_attention(model) as maps:
-        words = model.generate(source, mask, max_new_tokens=5, num_beams=3)
+        tokens = model.generate(source, mask, max_new_tokens=5, num_beams=3)
     for name in CROSS:
         rows = mask.repeat_interleave(len(maps[name]) // len(mask), 0)
         assert (
             torch.allclose(maps[name].sum(-1), torch.ones((), dtype=torch.float64))
             and (maps[name].movedim(-1, 1)[~rows] == 0).all()
         )
-    return words
+    return tokens
 
 
-# ---- where it runs (at its published sizes, compiled, in other precisions, from files: tests/zoo/test_models.py)
+def count_calls(model, **inputs):
+    """How many functions of the package a forward calls, and in how many files."""
+    calls = []
+
+    def profile(frame, event, argument):
+        path = frame.f_code.co_filename
+        if event == "call" and "/attn_notes/" in path:
+            calls.append(path)
+
+    sys.setprofile(profile)
+    try:
+        model(**inputs)
+    finally:
+        sys.setprofile(None)
+    return len(calls), len(set(calls))
+
+
+@pytest.mark.no_shapes
+def test_a_forward_makes_few_calls():
+    model = create_model("transformer_tiny").eval()
+    inputs = example_inputs("transformer_tiny")
+    plain = {k: v for k, v in inputs.items() if k.endswith("input_ids")}
+    calls, files = count_calls(model, **plain)
+    assert calls <= 46 and files <= 5
+    calls, files = count_calls(model, **inputs)  # two calls for the mask of each layer
+    assert calls <= 58 and files <= 6
+
+
+# ---- where it runs (at its published sizes, compiled, in other precisions, from files:
+# tests/zoo/test_models.py)
 
 
 @pytest.mark.parametrize("name", ["transformer_base", "transformer_big"])
@@ -1000,7 +1140,7 @@ def test_fake_accelerator(name):
     )
 
 
-def test_a_step_of_writing_on_a_fake_accelerator():
+def test_a_step_of_generation_on_a_fake_accelerator():
     model = Transformer(SMALL).eval()
     with fake_device(), torch.no_grad():
         to_stand_in(model)
@@ -1021,7 +1161,9 @@ def test_a_step_of_writing_on_a_fake_accelerator():
             )
         assert (
             logits.shape == (6, 1, 30)
-            and str(logits.device) == str(state["past"][0].keys.device) == STAND_IN
+            and str(logits.device)
+            == str(state["past"][0]._room.keys.device)
+            == STAND_IN
         )
 
 
@@ -1056,7 +1198,7 @@ def test_export():
         (dict(dropout=1.0), "dropout .* got 1.0"),
         (
             dict(positions="rotary"),
-            "positions must be one of sinusoidal, learned; got 'rotary'",
+            "positions must be one of sinusoidal, .*, learned; got 'rotary'",
         ),
         (dict(max_position_embeddings=-1), "max_position.*; got -1"),
     ],
@@ -1067,7 +1209,7 @@ def test_configuration_refused(wrong, words):
 
 
 @pytest.mark.no_shapes
-def test_an_odd_width_has_no_waves():
+def test_an_odd_width_has_no_sinusoids():
     odd = replace(SMALL, hidden_size=9)
     with pytest.raises(ConfigError, match="even width.*; got 9$"):
         Transformer(odd)
@@ -1083,36 +1225,36 @@ def test_an_odd_width_has_no_waves():
     "change, words",
     [
         (
-            dict(source=torch.ones(3, 25, dtype=torch.long), source_mask=None),
-            "source: expected at most 24 words, the number of positions; got 25",
+            dict(input_ids=torch.ones(3, 25, dtype=torch.long), attention_mask=None),
+            "input_ids: expected at most 24 tokens, .*; got 25",
         ),
         (
-            dict(target_in=torch.ones(3, 25, dtype=torch.long)),
-            "target_in: expected at most 24 words, the number of positions; got 25",
+            dict(decoder_input_ids=torch.ones(3, 25, dtype=torch.long)),
+            "decoder_input_ids: expected at most 24 tokens, .*; got 25",
         ),
         (
-            dict(source_mask=torch.ones(3, 6, dtype=torch.bool)),
-            r"source_mask: expected a boolean mask of shape \(3, 7\), .*; got bool of shape \(3, 6\)",
+            dict(attention_mask=torch.ones(3, 6, dtype=torch.bool)),
+            r"attention_mask: expected .*\(3, 7\), .*; got bool .*\(3, 6\)",
         ),
         (
-            dict(source_mask=torch.ones(3, 7)),
-            r"source_mask: expected a boolean mask of shape \(3, 7\), .*; got float32 of shape \(3, 7\)",
+            dict(attention_mask=torch.ones(3, 7)),
+            r"attention_mask: expected .*\(3, 7\), .*; got float32 .*\(3, 7\)",
         ),
         (
-            dict(target_mask=torch.ones(3, 7, dtype=torch.bool)),
-            r"target_mask: expected a boolean mask of shape \(3, 6\), .*; got bool of shape \(3, 7\)",
+            dict(decoder_attention_mask=torch.ones(3, 7, dtype=torch.bool)),
+            r"decoder_attention_mask: expected .*\(3, 6\), .*; got bool .*\(3, 7\)",
         ),
         (
-            dict(target_in=torch.ones(2, 6, dtype=torch.long)),
-            "source and target_in: expected one batch size; got 3 and 2",
+            dict(decoder_input_ids=torch.ones(2, 6, dtype=torch.long)),
+            "decoder_input_ids: expected as many rows as input_ids has, 3; got 2",
         ),
         (
-            dict(source=torch.rand(3, 7)),
-            r"source: expected token ids, .*; got float32 of shape \(3, 7\)",
+            dict(input_ids=torch.rand(3, 7)),
+            r"input_ids: expected token ids, .*; got float32 of shape \(3, 7\)",
         ),
         (
-            dict(source=torch.ones(3, 0, dtype=torch.long)),
-            r"source: expected at least one row and one token; got int64 of shape \(3, 0\)",
+            dict(input_ids=torch.ones(3, 0, dtype=torch.long)),
+            r"input_ids: expected at least one row and one token; got .*\(3, 0\)",
         ),
     ],
 )
@@ -1120,7 +1262,12 @@ def test_forward_refuses(change, words):
     source, target, mask = pairs()
     with pytest.raises(InputError, match=f"^{words}$"):
         Transformer(SMALL)(
-            **{"source": source, "target_in": target, "source_mask": mask, **change}
+            **{
+                "input_ids": source,
+                "decoder_input_ids": target,
+                "attention_mask": mask,
+                **change,
+            }
         )
 
 
@@ -1129,8 +1276,8 @@ def test_forward_refuses(change, words):
     "change, words",
     [
         (
-            dict(source=torch.ones(3, 25, dtype=torch.long), source_mask=None),
-            "source: expected at most 24 words, the number of positions; got 25",
+            dict(input_ids=torch.ones(3, 25, dtype=torch.long), attention_mask=None),
+            "input_ids: expected at most 24 tokens, .*; got 25",
         ),
         (
             dict(max_new_tokens=25),
@@ -1146,21 +1293,21 @@ def test_forward_refuses(change, words):
             "length_penalty must be at least 0; got -1.0",
         ),
         (
-            dict(source_mask=torch.ones(3, 8, dtype=torch.bool)),
-            r"source_mask: expected a boolean mask of shape \(3, 7\), .*; got bool of shape \(3, 8\)",
+            dict(attention_mask=torch.ones(3, 8, dtype=torch.bool)),
+            r"attention_mask: expected .*\(3, 7\), .*; got bool .*\(3, 8\)",
         ),
         (
-            dict(source_mask=torch.arange(3)[:, None].expand(3, 7) != 1),
-            "source_mask: expected at least one True in every row; row 1 hides everything",
+            dict(attention_mask=torch.arange(3)[:, None].expand(3, 7) != 1),
+            "attention_mask: expected at least one True .*; row 1 hides everything",
         ),
         (
-            dict(source=torch.full((3, 7), 30)),
-            "source: expected ids from 0 to 29; got 30",
+            dict(input_ids=torch.full((3, 7), 30)),
+            "input_ids: expected ids from 0 to 29; got 30",
         ),
-        (dict(source=torch.full((3, 7), -1)), "source: .* got -1"),
+        (dict(input_ids=torch.full((3, 7), -1)), "input_ids: .* got -1"),
         (
-            dict(source=torch.ones(7, dtype=torch.long)),
-            r"source: expected token ids, whole numbers of shape \(b, n\); got int64 of shape \(7,\)",
+            dict(input_ids=torch.ones(7, dtype=torch.long)),
+            r"input_ids: expected token ids, .*\(b, n\); got int64 .*\(7,\)",
         ),
     ],
 )
@@ -1168,11 +1315,13 @@ def test_generate_refuses(change, words):
     source, _, mask = pairs()
     with pytest.raises(InputError, match=f"^{words}$"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        Transformer(SMALL).generate(**{"source": source, "source_mask": mask, **change})
+        Transformer(SMALL).generate(
+            **{"input_ids": source, "attention_mask": mask, **change}
+        )
 
 
 @pytest.mark.no_shapes
-def test_decode_beyond_the_places_is_refused():
+def test_decode_beyond_the_positions_is_refused():
     model, (source, _, mask) = Transformer(SMALL).eval(), pairs()
     with torch.no_grad():
         _, state = model.decode(
@@ -1180,7 +1329,7 @@ def test_decode_beyond_the_places_is_refused():
         )
         with pytest.raises(
             InputError,
-            match="^positions: expected places within 0 to 23; got 1 from 24 on$",
+            match="^positions: expected positions within 0 to 23; got 1 from 24 on$",
         ):
             model.decode(torch.ones(3, 1, dtype=torch.long), state)
 
@@ -1192,7 +1341,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
     )
     with pytest.raises(
         CheckpointError,
-        match=r"1 misshapen: embedding\.words\.weight \(30, 128\) for \(31, 128\)$",
+        match=r"1 misshapen: embedding.tokens\.weight \(30, 128\) for \(31, 128\)$",
     ):
         create_model("transformer_tiny", pretrained=tmp_path / "model", vocab_size=31)
     with pytest.raises(
