@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # nowhere above it.
 READING = [
     ("Sequences before attention", ["sequence/01_*", "sequence/02_*", "sequence/03_*"]),
-    ("Foundations", ["foundations/*"]),
+    ("Foundations", ["foundations/*", "sequence/00_*"]),
     ("The Transformer", ["sequence/*"]),
     ("Language", ["language/*"]),
     ("Vision", ["vision/*"]),
