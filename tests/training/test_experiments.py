@@ -1,25 +1,35 @@
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
+from training_toy import RECIPE, Toy, ToyModel
 
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.training import experiments
 from attn_notes.training.experiments import (
+    Experiment,
     experiment,
+    first_losses,
+    function_hash,
+    least_favourable,
     load,
     main,
     paired_interval,
+    rehash,
     replay,
     run,
     select,
     verdict,
-    weakest,
 )
+from attn_notes.training.loop import train
+from attn_notes.training.recipes import Recipe
 
 numbers = st.floats(-100, 100)
 
@@ -43,8 +53,17 @@ def folder(tmp_path, monkeypatch):
 SETTINGS = [dict(shift=0.0), dict(shift=2.0)]
 
 
+def declare(function=noisy, settings=SETTINGS, seeds=(3, 1), name="noise"):
+    experiment("chapter", name, settings, seeds)(function)
+    return experiments.EXPERIMENTS["chapter", name]
+
+
+def path_of(folder, name="noise"):
+    return folder / "chapter" / f"{name}.jsonl"
+
+
 def test_run_stores_what_load_reads_in_the_order_of_settings_and_seeds(folder):
-    rows = run("chapter", "noise", noisy, SETTINGS, [3, 1])
+    rows = run("chapter", "noise", declare())
     assert load("chapter", "noise") == rows
     assert [(r["config"]["shift"], r["seed"]) for r in rows] == [
         (0.0, 3),
@@ -56,6 +75,8 @@ def test_run_stores_what_load_reads_in_the_order_of_settings_and_seeds(folder):
         r["metrics"] == noisy(r["seed"], **r["config"])
         and r["seconds"] >= 0
         and {"torch", "python"} <= r["versions"].keys()
+        and r["hash"] == function_hash(noisy)
+        and "losses" not in r
         for r in rows
     )
     assert [p.name for p in (folder / "chapter").iterdir()] == ["noise.jsonl"]
@@ -63,23 +84,16 @@ def test_run_stores_what_load_reads_in_the_order_of_settings_and_seeds(folder):
         noisy(3, 2.0)["score"],
         noisy(1, 2.0)["score"],
     ]
-    with pytest.raises(InputError, match="no stored run has"):
+    with pytest.raises(InputError, match="expected a stored run with"):
         select(rows, "score", shift=7)
 
 
 @pytest.mark.slow
 def test_several_processes_store_the_same(folder):
-    one = run(
-        "chapter", "one", noisy_module(), [dict(low=0.0), dict(low=1.0)], range(3)
-    )
-    two = run(
-        "chapter",
-        "two",
-        noisy_module(),
-        [dict(low=0.0), dict(low=1.0)],
-        range(3),
-        workers=2,
-    )
+    settings = [dict(low=0.0), dict(low=1.0)]
+    declared = Experiment(noisy_module(), tuple(settings), (0, 1, 2))
+    one = run("chapter", "one", declared)
+    two = run("chapter", "two", declared, workers=2)
     assert [{**r, "seconds": 0} for r in one] == [{**r, "seconds": 0} for r in two]
 
 
@@ -90,37 +104,283 @@ def noisy_module():
     return draw
 
 
-def test_a_failing_run_leaves_the_old_results(folder):
-    rows = run("chapter", "noise", noisy, SETTINGS, [0])
+def counted(calls):
+    """noisy, which keeps the runs that it makes."""
+
+    def function(seed, shift=0.0):
+        calls.append((shift, seed))
+        return {"score": seed + shift}
+
+    return function
+
+
+def test_only_what_is_missing_is_run(folder):
+    calls = []
+    function = counted(calls)
+    run("chapter", "noise", declare(function, SETTINGS[:1], [1]))
+    rows = run("chapter", "noise", declare(function, SETTINGS[:1], [0, 1, 2]))
+    assert calls == [(0.0, 1), (0.0, 0), (0.0, 2)]
+    assert [row["seed"] for row in rows] == [0, 1, 2]
+    run("chapter", "noise", declare(function, SETTINGS, [0, 1, 2]))
+    assert calls[3:] == [(2.0, 0), (2.0, 1), (2.0, 2)]
+    run("chapter", "noise", declare(function, SETTINGS, [0, 1, 2]))
+    assert len(calls) == 6
+    rows = run("chapter", "noise", declare(function, SETTINGS[1:], [1]))
+    assert len(calls) == 6 and rows == load("chapter", "noise") and len(rows) == 1
+    assert len(path_of(folder).read_text().splitlines()) == 1
+    run("chapter", "noise", declare(function, SETTINGS[1:], [1]), again=True)
+    assert calls[6:] == [(2.0, 1)]
+
+
+def test_a_failing_run_leaves_what_is_done_and_goes_on_there(folder):
+    broken, calls = [True], []
 
     def failing(seed, shift):
-        if shift:
+        calls.append(seed)
+        if seed == 2 and broken:
             raise MemoryError
-        return {"score": 0.0}
+        return {"score": seed}
 
+    declared = declare(failing, SETTINGS[:1], [0, 1, 2])
     with pytest.raises(MemoryError):
-        run("chapter", "noise", failing, SETTINGS, [0])
-    assert (
-        load("chapter", "noise") == rows
-        and len(list((folder / "chapter").iterdir())) == 1
-    )
+        run("chapter", "noise", declared)
+    assert len(path_of(folder).read_text().splitlines()) == 2
+    with pytest.raises(InputError, match="got 1 missing"):
+        load("chapter", "noise")
+    broken.clear()
+    assert len(run("chapter", "noise", declared)) == 3 and calls == [0, 1, 2, 2]
+    assert len(list((folder / "chapter").iterdir())) == 1
 
 
 def test_load_notices_missing_and_stale_results(folder):
     with pytest.raises(InputError, match="make experiments CHAPTER=chapter"):
         load("chapter", "noise")
-    experiment("chapter", "noise", SETTINGS, [0, 1])(noisy)
-    run("chapter", "noise", noisy, SETTINGS, [0, 1])
+    run("chapter", "noise", declare(seeds=[0, 1]))
     stored, now = replay("chapter", "noise", 2)
-    assert stored == now
+    assert stored == now == noisy(0, 2.0)
     for settings, seeds in (
         (SETTINGS, [0, 1, 2]),
         (SETTINGS[:1], [0, 1]),
         ([dict(shift=0.0), dict(shift=2.5)], [0, 1]),
     ):
-        experiment("chapter", "noise", settings, seeds)(noisy)
-        with pytest.raises(InputError, match="other runs than the chapter declares"):
+        declare(noisy, settings, seeds)
+        with pytest.raises(InputError, match="the runs that the chapter declares"):
             load("chapter", "noise")
+    declare(seeds=[1, 0])  # another order is no other run
+    assert [row["seed"] for row in load("chapter", "noise")] == [1, 0, 1, 0]
+
+
+def test_a_changed_function_is_refused_until_a_replay_agrees(folder, capsys):
+    run("chapter", "noise", declare())
+
+    def same(seed, shift=0.0):
+        random = np.random.default_rng(seed)
+        return {"curve": [1, 2], "score": float(random.normal()) + shift}
+
+    def other(seed, shift=0.0):
+        return {**noisy(seed, shift), "score": noisy(seed, shift)["score"] * 1.01}
+
+    for function in (same, other):
+        declared = declare(function)
+        with pytest.raises(InputError, match="function as it is now .*rehash chapter"):
+            load("chapter", "noise")
+        with pytest.raises(InputError, match="got 4 of another. `rehash chapter`"):
+            run("chapter", "noise", declared)
+    before = path_of(folder).read_bytes()
+    with pytest.raises(InputError, match="expected what is stored"):
+        rehash("chapter", "noise")
+    assert path_of(folder).read_bytes() == before
+    declare(same)
+    capsys.readouterr()
+    assert rehash("chapter", "noise") == 4
+    assert len(capsys.readouterr().out.splitlines()) == 2  # a seed of each setting
+    rows = load("chapter", "noise")
+    assert {row["hash"] for row in rows} == {function_hash(same)}
+    assert [row["metrics"] for row in rows] == [
+        json.loads(line)["metrics"] for line in before.splitlines()
+    ]
+    assert rehash("chapter", "noise") == 0
+    assert run("chapter", "noise", declare(other), again=True) == load(
+        "chapter", "noise"
+    )
+
+
+def test_every_setting_is_replayed_before_anything_is_rehashed(folder):
+    run("chapter", "noise", declare())
+
+    def wrong_for_two(seed, shift=0.0):
+        return {**noisy(seed, shift), "curve": [1, 2 + (shift == 2)]}
+
+    declare(wrong_for_two)
+    before = path_of(folder).read_bytes()
+    with pytest.raises(InputError, match="'shift': 2.0"):
+        rehash("chapter", "noise")
+    assert path_of(folder).read_bytes() == before
+
+
+def train_toy(seed: int, rate: float, extra: float = 0.0) -> dict:
+    torch.manual_seed(seed)
+    model = ToyModel()
+    recipe = replace(RECIPE, seed=seed, learning_rate=rate, max_steps=24)
+    history = train(model, Toy(), recipe, progress=False)
+    finished.append(seed)
+    loss = history[-1]["loss"] + extra
+    return {"loss": loss, "opening": first_losses(history, 10)}
+
+
+finished = []
+
+
+def test_runs_that_train_store_their_first_losses_and_replay_these_alone(folder):
+    finished.clear()
+    declared = declare(train_toy, [dict(rate=0.01), dict(rate=0.02)], [0, 1], "toy")
+    rows = run("chapter", "toy", declared)
+    assert all(len(row["losses"]) == 20 for row in rows) and len(finished) == 4
+    assert all(row["losses"][:10] == row["metrics"]["opening"] for row in rows)
+    assert rows[0]["losses"] != rows[1]["losses"]
+    stored, now = replay("chapter", "toy", 3)
+    assert stored == rows[3]["losses"] == pytest.approx(now, rel=1e-6)
+    assert len(replay("chapter", "toy", 3, steps=5)[1]) == 5
+    assert len(finished) == 4  # no replay trained to its end
+    for i, step in ((0, 0), (2, 19)):
+        planted = json.loads(json.dumps(rows))
+        planted[i]["losses"][step] *= 1.01
+        lines = "".join(json.dumps(row) + "\n" for row in planted)
+        path_of(folder, "toy").write_text(lines)
+        with pytest.raises(InputError, match=f"seed {rows[i]['seed']}: expected what"):
+            replay("chapter", "toy", i)
+        replay("chapter", "toy", 3)
+
+
+def test_older_rows_hold_their_losses_among_the_metrics(folder):
+    finished.clear()
+    declared = declare(train_toy, [dict(rate=0.01)], [0, 1], "toy")
+    rows = run("chapter", "toy", declared)
+    old = [{k: v for k, v in r.items() if k not in ("hash", "losses")} for r in rows]
+    path = path_of(folder, "toy")
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    with pytest.raises(InputError, match="got 2 of another"):
+        load("chapter", "toy")
+    assert rehash("chapter", "toy") == 2 and len(finished) == 2
+    assert [len(part) for part in replay("chapter", "toy")] == [10, 10]
+    old[0]["metrics"]["opening"][9] += 0.1
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    with pytest.raises(InputError, match="expected what is stored"):
+        rehash("chapter", "toy")
+
+
+def test_timings_are_not_replayed(folder):
+    ticks = iter(range(100))
+
+    def timed(seed):
+        return {"milliseconds": next(ticks), "score": seed}
+
+    experiment("chapter", "timed", [{}], [5], timings=["milliseconds"])(timed)
+    run("chapter", "timed", experiments.EXPERIMENTS["chapter", "timed"])
+    assert replay("chapter", "timed") == ({"score": 5}, {"score": 5})
+    experiment("chapter", "timed", [{}], [5])(timed)
+    with pytest.raises(InputError, match="milliseconds"):
+        replay("chapter", "timed")
+
+
+def helper(x):
+    return x + RATE
+
+
+RATE = 0.5
+_CACHE = {}
+TABLE = {"half": helper, "recipe": Recipe(max_steps=3)}
+
+
+class Twice:
+    """A class of this module."""
+
+    factor = 2
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+def original(seed: int, n: int = 3) -> dict:
+    """What it does."""
+    values = [helper(seed + i) for i in range(n)]
+    _CACHE[seed] = values
+    try:
+        total = sum(v for v in values if v > 0)
+    except ValueError as error:
+        raise InputError(f"{error}") from None
+    return {"total": Twice()(total), "made": TABLE["half"](0)}
+
+
+def same_thing(s, k: "int" = 3):
+    # other names, no annotations, another docstring
+
+    vs: list = [helper(s + j) for j in range(k)]
+    _CACHE[s] = vs
+    try:
+        t = sum(x for x in vs if x > 0)
+    except ValueError as problem:
+        raise InputError(f"{problem}") from None
+    return {"total": Twice()(t), "made": TABLE["half"](0)}
+
+
+def test_the_hash_is_of_what_a_function_does():
+    assert function_hash(original) == function_hash(same_thing)
+    assert len(function_hash(original)) == 16
+
+    def another_number(s, k=3):
+        vs = [helper(s + j) for j in range(k)]
+        _CACHE[s] = vs
+        try:
+            t = sum(x for x in vs if x > 1)
+        except ValueError as problem:
+            raise InputError(f"{problem}") from None
+        return {"total": Twice()(t), "made": TABLE["half"](0)}
+
+    assert function_hash(original) != function_hash(another_number)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("RATE", 0.6),
+        ("helper", lambda x: x - RATE),
+        ("TABLE", {"half": helper, "recipe": Recipe(max_steps=4)}),
+        ("TABLE", {"half": abs, "recipe": Recipe(max_steps=3)}),
+        ("Twice", type("Twice", (), {"factor": 3, "__call__": Twice.__call__})),
+        ("Twice", type("Twice", (float,), dict(vars(Twice)))),
+    ],
+    ids=str,
+)
+def test_the_hash_follows_the_functions_classes_and_constants_of_the_module(
+    change, monkeypatch
+):
+    before = function_hash(original)
+    monkeypatch.setitem(original.__globals__, *change)
+    assert function_hash(original) != before
+
+
+def test_the_hash_leaves_out_what_varies(monkeypatch):
+    before = function_hash(original)
+    _CACHE["a"] = 1
+    assert function_hash(original) == before
+    monkeypatch.setitem(original.__globals__, "RATE", 0.5)
+    assert function_hash(original) == before
+    twin = Recipe(max_steps=3, seed=0)  # a field that has its default
+    monkeypatch.setitem(TABLE, "recipe", twin)
+    assert function_hash(original) == before
+
+
+def even(n):
+    return n == 0 or odd(n - 1)
+
+
+def odd(n):
+    return n > 0 and even(n - 1)
+
+
+def test_the_hash_of_functions_that_call_each_other():
+    assert function_hash(even) == function_hash(even) != function_hash(odd)
 
 
 def test_command_runs_the_chapters_named(folder, capsys, monkeypatch):
@@ -148,12 +408,41 @@ def test_command_runs_the_chapters_named(folder, capsys, monkeypatch):
     assert caught.value.code == 2
 
 
+def test_command_rehashes_what_agrees_and_says_what_does_not(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(experiments, "import_chapters", lambda chapters=(): None)
+
+    def same(seed, shift):
+        return noisy(seed, shift)
+
+    def other(seed, shift):
+        return {"score": 0.0, "curve": []}
+
+    for name in ("a", "b"):
+        experiment("one", name, SETTINGS, [0])(noisy)
+    main(["run", "one", "--workers", "1"])
+    experiment("one", "a", SETTINGS, [0])(other)
+    experiment("one", "b", SETTINGS, [0])(same)
+    for command in (["one"], ["rehash", "one"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, "--workers", "1"])
+        assert caught.value.code == 1
+    printed = capsys.readouterr()
+    assert "one/b: 2 rows rehashed" in printed.out and "one/a" in printed.err
+    assert len(load("one", "b")) == 2
+    with pytest.raises(InputError, match="another"):
+        load("one", "a")
+    main(["one", "--again", "--workers", "1"])
+    assert load("one", "a")[0]["metrics"] == other(0, 0.0)
+
+
 @given(
     st.lists(st.tuples(numbers, numbers), min_size=2, max_size=9),
     st.sampled_from([0.8, 0.95, 0.99]),
 )
 def test_paired_interval_equals_scipy(pairs, confidence):
-    a, b = map(list, zip(*pairs))
+    a, b = map(list, zip(*pairs, strict=True))
     if np.ptp(np.subtract(a, b)) < 1e-6:
         return
     mean, low, high = paired_interval(a, b, confidence)
@@ -165,7 +454,7 @@ def test_paired_interval_equals_scipy(pairs, confidence):
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=9), st.floats(0, 5))
 def test_data_that_say_the_opposite_flip_the_verdict(pairs, margin):
-    a, b = map(list, zip(*pairs))
+    a, b = map(list, zip(*pairs, strict=True))
     flip = {
         "confirmed": "contradicted",
         "contradicted": "confirmed",
@@ -203,11 +492,15 @@ def test_verdicts(low, high, margin, expected, said):
     assert verdict(low, high, margin, expected) == said
 
 
-def test_weakest():
-    assert weakest("confirmed", "not seen at this scale") == "not seen at this scale"
+def test_least_favourable():
     assert (
-        weakest("confirmed", "contradicted", "not seen at this scale") == "contradicted"
-        and weakest("confirmed") == "confirmed"
+        least_favourable("confirmed", "not seen at this scale")
+        == "not seen at this scale"
+    )
+    assert (
+        least_favourable("confirmed", "contradicted", "not seen at this scale")
+        == "contradicted"
+        and least_favourable("confirmed") == "confirmed"
     )
 
 
@@ -231,7 +524,7 @@ def test_one_seed_gives_the_same_run_with_any_number_of_threads(folder):
     try:
         torch.set_num_threads(2)
         assert (
-            run("chapter", "threads", threads, [{}], [0])[0]["metrics"]
+            run("chapter", "threads", Experiment(threads, ({},), (0,)))[0]["metrics"]
             == {"threads": 1}
             and torch.get_num_threads() == 2
         )
