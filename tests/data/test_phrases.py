@@ -60,7 +60,7 @@ def test_dates_are_dates_of_their_year():
 
 
 @pytest.mark.slow
-def test_text_is_normalised():
+def test_text_is_normalized():
     for name in LANGUAGES:
         if not name.startswith("wmt14"):
             for pair in everything(name):

@@ -69,7 +69,7 @@ def test_bad_names():
 
 @pytest.mark.no_shapes
 def test_an_absent_package_names_its_extra(monkeypatch):
-    monkeypatch.setattr("attn_notes.data.vocabulary.find_spec", lambda name: None)
+    monkeypatch.setattr("attn_notes.foundations.checks.find_spec", lambda name: None)
     for read in (kjv_verses, chinese_reviews):
         with pytest.raises(ConfigError, match=r"attn_notes\[data\]"):
             read.__wrapped__()

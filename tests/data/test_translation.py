@@ -2,11 +2,12 @@
 
 import pytest
 
-from attn_notes.data.phrases import Pair
+from attn_notes.data.phrases import TranslationPair as Pair
 from attn_notes.data.translation import (
     LANGUAGES,
     SPLITS,
-    fold,
+    hash_split,
+    iterate_pairs,
     join_phrases,
     nearest_neighbour_translate,
     translation_pairs,
@@ -53,7 +54,7 @@ def test_held_out_units_are_not_trained_on(name):
         key
         for pair in translation_pairs(name, "test", "unit")
         for key in pair.group.split()
-        if fold(key) == "test"
+        if hash_split(key) == "test"
     }
     assert {key.split(":")[0] for key in keys} == (
         {"year"} if name == "dates-iso" else {"unit", "money", "country"}
@@ -82,7 +83,7 @@ def test_joined_phrases():
     assert len({pair.source for pair in joined}) == 300
     short = {pair.source: pair.target for pair in pairs}
     assert any(pair.source in short for pair in joined) and all(
-        pair in pairs for pair in join_phrases(pairs, 20, most=1)
+        pair in pairs for pair in join_phrases(pairs, 20, max_phrases=1)
     )
     lengths = [
         len(tokenize(pair.source)) for pair in join_phrases(translation_pairs(), 2_000)
@@ -120,9 +121,9 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(ConfigError, match="data_dir"):
         translation_pairs("cldr-en-fr", data_dir=tmp_path)
     for arguments in (
-        dict(count=1, most=5),
-        dict(count=9, most=1),
-        dict(count=1, most=0),
+        dict(count=1, max_phrases=5),
+        dict(count=9, max_phrases=1),
+        dict(count=1, max_phrases=0),
     ):
         with pytest.raises(InputError):
             join_phrases([Pair("a", "b")] * 4, **arguments)
