@@ -12,7 +12,7 @@ import importlib
 import os
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -36,7 +36,7 @@ def cpu_seconds(work: Work, calls: int = 1) -> float:
 
 
 @contextmanager
-def fixed_threads(count: int = 1) -> Iterator[None]:
+def fixed_threads(count: int = 1) -> Generator[None, None, None]:
     """Inside, torch computes with so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -112,7 +112,7 @@ def matmul_rate(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None, None, None]:
     """Inside, nothing that is written to the standard error appears: torch's profiler
     talks there."""
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)

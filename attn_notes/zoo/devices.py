@@ -8,7 +8,7 @@ __all__ = ['STAND_IN', 'to_stand_in', 'fake_device', 'map_tensors', 'tensors', '
 
 # %% ../../nbs/zoo/07_devices.ipynb #19db15fd
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,8 @@ def to_stand_in(model: nn.Module, device: str = STAND_IN) -> nn.Module:
     called inside `fake_device()`."""
     moved: dict[int, Tensor] = {}
     for module in model.modules():
-        for store in (module._parameters, module._buffers):
+        stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for store in stores:
             for name, old in store.items():
                 if old is not None:
                     if id(old) not in moved:
@@ -53,19 +54,19 @@ def to_stand_in(model: nn.Module, device: str = STAND_IN) -> nn.Module:
                     store[name] = moved[id(old)]
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [
-                getattr(module, name) for name in module._flat_weights_names
+                getattr(module, str(name)) for name in module._flat_weights_names
             ]
     return model
 
 
 @contextmanager
-def fake_device() -> Iterator[FakeTensorMode]:
+def fake_device() -> Generator[FakeTensorMode, None, None]:
     """Inside, tensors are fakes: shapes, types and devices without memory. A real
     tensor that strays in is an error."""
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         yield mode
 
-# %% ../../nbs/zoo/07_devices.ipynb #a709cc2d
+# %% ../../nbs/zoo/07_devices.ipynb #da709cc2
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """A tree of lists, tuples and dictionaries with every tensor in it changed."""
     return tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, tree)

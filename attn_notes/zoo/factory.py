@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_placement', 'build_model', 'count_parameters', 'create_model', 'example_inputs']
 
-# %% ../../nbs/zoo/06_factory.ipynb #637a320d
+# %% ../../nbs/zoo/06_factory.ipynb #37a320d9
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +19,7 @@ from ..foundations.checks import ConfigError
 from .checkpoints import load_pretrained
 from .registry import ModelInfo, model_info, override
 
-# %% ../../nbs/zoo/06_factory.ipynb #07353085
+# %% ../../nbs/zoo/06_factory.ipynb #d19aa868
 def check_placement(
     device: torch.device | str | None, dtype: torch.dtype | None = None
 ) -> None:
@@ -55,7 +55,7 @@ def build_model(
     """The model of a configuration with fresh weights, made where it will live; it
     remembers its registered name as `architecture`."""
     with torch.device(device) if device is not None else nullcontext():
-        model = info.model(config)
+        model: Any = info.model(config)
     model.architecture = info.name
     return model if dtype is None else model.to(dtype)
 
@@ -65,7 +65,7 @@ def count_parameters(model: nn.Module) -> int:
     share counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
-# %% ../../nbs/zoo/06_factory.ipynb #0e2f7b09
+# %% ../../nbs/zoo/06_factory.ipynb #e2f7b09c
 def create_model(
     name: str,
     pretrained: bool | str | Path | None = None,
@@ -90,7 +90,7 @@ def create_model(
         return build(override(info.config, overrides))
     return load_pretrained(info, pretrained, build, overrides, revision)
 
-# %% ../../nbs/zoo/06_factory.ipynb #ed88b372
+# %% ../../nbs/zoo/06_factory.ipynb #d88b3729
 def example_inputs(
     name: str,
     batch_size: int = 2,

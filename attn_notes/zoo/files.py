@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -38,7 +38,7 @@ def _to_disk(path: Path) -> None:
 
 # %% ../../nbs/zoo/01_files.ipynb #28fea37f
 @contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
+def atomic_folder(folder: str | Path) -> Generator[Path, None, None]:
     """Gives an empty folder to write into; at the end its files appear in `folder`,
     each replaced in one step, and all at once if `folder` is new.
 
@@ -96,7 +96,7 @@ def readable(path: Path) -> bool:
     """Whether the name of a file says that it holds weights."""
     return path.suffix in READERS or path.name.endswith(INDEX)
 
-# %% ../../nbs/zoo/01_files.ipynb #51d22634
+# %% ../../nbs/zoo/01_files.ipynb #1d226346
 WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model", "model_state_dict")
 
 
@@ -111,7 +111,7 @@ def unwrap(content: object) -> object:
         content = found
     return content
 
-# %% ../../nbs/zoo/01_files.ipynb #8f560980
+# %% ../../nbs/zoo/01_files.ipynb #f5609806
 def _read_index(path: Path) -> dict[str, Tensor]:
     """All tensors of a sharded checkpoint. Raises `CheckpointError` for an index that
     is no index, a shard that is missing or elsewhere, or a tensor that is not in it."""

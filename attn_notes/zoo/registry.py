@@ -95,14 +95,12 @@ _MODELS: dict[str, ModelInfo] = {}
 
 def _check_free(name: str, model_class: type[nn.Module]) -> None:
     """Raises `ConfigError` for a name that a class of another module has."""
-    before = _MODELS.get(name)
-    modules = {model_class.__module__}
-    if before is not None:
-        modules.add(before.model.__module__)
+    before = _MODELS[name].model if name in _MODELS else model_class
+    modules = {before.__module__, model_class.__module__}
     if len(modules) > 1 and "__main__" not in modules:
         raise ConfigError(
             f"the model name {name!r} is taken by "
-            f"{before.model.__module__}.{before.model.__qualname__}"
+            f"{before.__module__}.{before.__qualname__}"
         )
 
 
@@ -119,6 +117,7 @@ def register_models(
     Raises `ConfigError` for a field that is unknown or lacking, or a name that another
     module has."""
     common.setdefault("classifier", getattr(model_class, "classifier", ()))
+    registered: Any = model_class
     allowed = [f.name for f in fields(ModelInfo) if f.name not in ("name", "model")]
     for name, row in sizes.items():
         known = {**common, **row}
@@ -128,17 +127,12 @@ def register_models(
         _check_free(name, model_class)
         try:
             info = ModelInfo(name=name, model=model_class, **known)
+            registered.config_class = type(info.config)
         except TypeError as error:
             raise ConfigError(f"{name}: {error}") from None
-        model_class.config_class = type(info.config)
-        before = _MODELS.get(name)
-        if not before or "__main__" in (
-            model_class.__module__,
-            before.model.__module__,
-        ):
-            if before and model_class.__module__ != "__main__":
-                continue  # the class of the running notebook stays
-        _MODELS[name] = info
+        kept = _MODELS.get(name, info).model.__module__
+        if kept != "__main__" or model_class.__module__ == "__main__":
+            _MODELS[name] = info  # else the class of the running notebook stays
 
 # %% ../../nbs/zoo/03_registry.ipynb #1fcb3670
 def _index_path() -> Path:
@@ -186,7 +180,7 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
             raise unknown_name_error(f"field of {type(config).__name__}", key, names)
     return replace(config, **overrides)
 
-# %% ../../nbs/zoo/03_registry.ipynb #4197cf08
+# %% ../../nbs/zoo/03_registry.ipynb #d4197cf0
 def chapter_modules() -> list[str]:
     """The modules of the package that register models, in alphabetical order."""
     root = Path(str(files("attn_notes")))
@@ -211,7 +205,7 @@ def _index_entries(modules: Iterable[str]) -> dict[str, dict[str, Any]]:
         if info.model.__module__ in modules
     }
 
-# %% ../../nbs/zoo/03_registry.ipynb #81fa0f8a
+# %% ../../nbs/zoo/03_registry.ipynb #781fa0f8
 def write_index(path: Path | None = None) -> dict[str, str]:
     """Import every chapter that registers models and write the index; returns
     {module: what is wrong with it}, empty when every chapter is in it."""

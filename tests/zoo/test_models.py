@@ -20,8 +20,23 @@ from attn_notes.zoo.devices import (
 )
 from attn_notes.zoo.factory import count_parameters
 from attn_notes.zoo.hub import PretrainedMixin
+from attn_notes.zoo.registry import override
+
+
+def architectures():
+    """One name for each model that differs at its small size by more than dropout."""
+    first = {}
+    for name in an.list_models():
+        info = an.model_info(name)
+        config = override(info.config, info.tiny)
+        if hasattr(config, "dropout"):
+            config = override(config, {"dropout": 0.0})
+        first.setdefault((info.model, config), name)
+    return sorted(first.values())
+
 
 every_model = pytest.mark.parametrize("name", an.list_models())
+every_architecture = pytest.mark.parametrize("name", architectures())
 
 
 @pytest.fixture
@@ -92,7 +107,7 @@ def test_it_runs_on_an_accelerator_at_its_published_size(name):
     )
 
 
-@every_model
+@every_architecture
 def test_a_planted_cpu_tensor_is_caught(name, built):
     model, inputs = built
     with fake_device():
@@ -114,7 +129,7 @@ def test_a_planted_cpu_tensor_is_caught(name, built):
             model(**fakes)
 
 
-@every_model
+@every_architecture
 def test_bf16_autocast_gives_the_same_to_its_precision(name, built):
     model, inputs = built
     expected, gradients = step(name, model, inputs)
@@ -127,7 +142,7 @@ def test_bf16_autocast_gives_the_same_to_its_precision(name, built):
     assert (whole[0] - whole[1]).norm() < 0.1 * whole[1].norm()
 
 
-@every_model
+@every_architecture
 @pytest.mark.no_shapes
 @pytest.mark.parametrize(
     "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)]
@@ -145,7 +160,7 @@ def test_the_compiled_model_gives_the_same(name, built, backend):
     )
 
 
-@every_model
+@every_architecture
 @pytest.mark.no_shapes
 def test_the_exported_model_gives_the_same(name, built):
     model, inputs = built
@@ -155,7 +170,7 @@ def test_the_exported_model_gives_the_same(name, built):
         assert close(exported(**inputs), expected, 1e-5)
 
 
-@every_model
+@every_architecture
 def test_saved_and_read_back_it_is_the_same(name, built, tmp_path):
     model, inputs = built
     model.save_pretrained(tmp_path / name)
@@ -170,7 +185,7 @@ def test_saved_and_read_back_it_is_the_same(name, built, tmp_path):
         )
 
 
-@every_model
+@every_architecture
 def test_recorded_attention_changes_nothing_and_sums_to_one(name, built):
     model, inputs = built
     with torch.no_grad():
@@ -182,7 +197,7 @@ def test_recorded_attention_changes_nothing_and_sums_to_one(name, built):
         assert weights.ndim == 4 and (((total - 1).abs() < 1e-5) | (total == 0)).all()
 
 
-@every_model
+@every_architecture
 def test_gradient_checkpointing_gives_the_same(name, built):
     model, inputs = built[0].train(), built[1]
     stacks = [module for module in model.modules() if isinstance(module, Stack)]
@@ -205,7 +220,7 @@ def test_gradient_checkpointing_gives_the_same(name, built):
     assert len(calls) == 2 * len(stacks)  # computed again on the way back
 
 
-@every_model
+@every_architecture
 def test_float64_and_copies(name, built):
     model, inputs = built
     with torch.no_grad():
