@@ -33,7 +33,7 @@ from attn_notes.sequence.seq2seq import (
     Seq2SeqGRU,
     Seq2SeqLSTM,
 )
-from ..training.experiments import experiment, first_losses
+from ..training.experiments import experiment
 from ..training.loop import train
 from ..training.losses import token_cross_entropy
 from ..training.recipes import Recipe
@@ -167,12 +167,9 @@ def train_variant(
     """Train one variant on joined phrases; its scores on the test pairs."""
     task = joined_phrases()
     model = make_variant(name, task, seed, initializer_range)
-    history = train(model, task, short_recipe(steps, seed), progress=False)
-    return {
-        **task.evaluate(model, "test"),
-        "by_length": scores_by_length(model, task),
-        "losses": first_losses(history),
-    }
+    train(model, task, short_recipe(steps, seed), progress=False)
+    scores = task.evaluate(model, "test")
+    return {**scores, "by_length": scores_by_length(model, task)}
 
 # %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #9f55b868
 def own_prefix_logits(
@@ -223,8 +220,8 @@ def train_feedback(seed: int, name: str, steps: int = 400) -> dict:
     task = joined_phrases()
     model = make_variant("attention", task, seed)
     sampling = ScheduledSampling(task, *FEEDBACK[name], steps)
-    history = train(model, sampling, short_recipe(steps, seed), progress=False)
-    return {**task.evaluate(model, "test"), "losses": first_losses(history)}
+    train(model, sampling, short_recipe(steps, seed), progress=False)
+    return task.evaluate(model, "test")
 
 # %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #398fcad5
 def train_phrases(
@@ -281,10 +278,9 @@ def score_phrases(
         **task.evaluate(model, "test"),
         **{f"nearest_{key}": value for key, value in nearest.items()},
         "curve": [row["loss"] for row in history[::25]],
-        "losses": first_losses(history),
     }
 
-# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #85e9f731
+# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #efcc5f4e
 SPACE_SIGN = "␣"
 
 
@@ -328,7 +324,7 @@ def train_unit(seed: int, name: str, unit: str, steps: int = 500) -> dict:
     test pairs, those with an unknown token apart, and the lengths in units."""
     task, tokens = unit_phrases(unit), unit_phrases("token")
     model = make_variant(name, task, seed)
-    history = train(model, task, short_recipe(steps, seed), progress=False)
+    train(model, task, short_recipe(steps, seed), progress=False)
     pairs, originals = task.pairs("test"), tokens.pairs("test")
     encoded = [task.source_vocab.encode(pair.source) for pair in pairs]
     texts = task.generate(model.eval(), encoded)
@@ -344,10 +340,9 @@ def train_unit(seed: int, name: str, unit: str, steps: int = 500) -> dict:
         "source_length": sum(map(len, encoded)) / len(encoded),
         "target_length": sum(targets) / len(targets),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "losses": first_losses(history),
     }
 
-# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #fc6a49ba
+# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #c6a49ba8
 class TorchSeq2Seq(nn.Module):
     """The reference: two torch.nn.LSTM on the weights of a Seq2SeqLSTM."""
 
