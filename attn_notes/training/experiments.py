@@ -66,22 +66,28 @@ def _write(chapter: str, experiment: str, rows: Iterable[dict]) -> None:
     with atomic_write(path) as file:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
-# %% ../../nbs/training/07_experiments.ipynb #7b49b66e
+# %% ../../nbs/training/07_experiments.ipynb #d06f8024
+def _locals(tree: ast.AST) -> dict[str, str]:
+    """The names that a function binds, each with its number."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            name = node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        else:  # nested functions, classes, and `except ... as name`
+            name = getattr(node, "name", None)
+        if isinstance(name, str) and not isinstance(node, ast.alias):
+            found.setdefault(name, f"local {len(found)}")
+    return found
+
+
 class _Names(ast.NodeTransformer):
     """Rewrites a function's tree so that what it does remains: no docstrings and
     annotations, locals by their order, globals by what `resolve` says of them."""
 
     def __init__(self, tree: ast.AST, resolve: Callable[[str], str]):
-        self.resolve, self.locals = resolve, {}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.arg):
-                name = node.arg
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                name = node.id
-            else:  # nested functions, classes, and `except ... as name`
-                name = getattr(node, "name", None)
-            if isinstance(name, str) and not isinstance(node, ast.alias):
-                self.locals.setdefault(name, f"local {len(self.locals)}")
+        self.locals, self.resolve = _locals(tree), resolve
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         node.id = self.locals.get(node.id) or self.resolve(node.id)
@@ -113,7 +119,7 @@ class _Names(ast.NodeTransformer):
         node.name = self.locals[node.name]
         return self.generic_visit(node)
 
-
+# %% ../../nbs/training/07_experiments.ipynb #077938bd
 def _called(node: ast.AST) -> str:
     """The name that a decorator calls."""
     function = getattr(node, "func", node)
@@ -131,7 +137,20 @@ def _dump(node: Any) -> str:
     inside = " ".join(f"{n}={_dump(v)}" for n, v in fields if v not in (None, []))
     return f"({type(node).__name__} {inside})"
 
-# %% ../../nbs/training/07_experiments.ipynb #cbf8b2a9
+
+def _tree(function: FunctionType) -> ast.AST | None:
+    """The syntax tree of a function without the decorator that registers it, whose
+    settings and seeds stand in the rows; None where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, SyntaxError, IndexError):
+        return None
+    if isinstance(tree, ast.FunctionDef):
+        decorators = [d for d in tree.decorator_list if _called(d) != "experiment"]
+        tree.decorator_list = decorators
+    return tree
+
+
 def _members(cls: type) -> dict[str, Any]:
     """Functions and constants of a class, without what Python adds."""
     found = {}
@@ -153,6 +172,20 @@ def _changed(value: Any) -> dict[str, Any]:
     return found
 
 
+def _plain(value: Any, text: Callable[[Any], str]) -> str:
+    """Numbers, texts, and what is made of them; of anything else its name."""
+    if isinstance(value, Mapping):
+        return str([(k, text(v)) for k, v in value.items()])
+    if isinstance(value, (list, tuple)):
+        return str([text(v) for v in value])
+    if isinstance(value, partial):
+        return str([text(v) for v in (value.func, value.args, value.keywords)])
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    names = (getattr(value, n, None) for n in ("__qualname__", "__name__"))
+    return next(filter(None, names), type(value).__name__)
+
+# %% ../../nbs/training/07_experiments.ipynb #52aa32a2
 class _Source:
     """What a function does, as text: its syntax tree, with the functions, classes and
     constants of its own module that it uses in place of their names."""
@@ -162,14 +195,9 @@ class _Source:
 
     def function(self, function: FunctionType) -> str:
         """The text of a function."""
-        try:
-            source = textwrap.dedent(inspect.getsource(function))
-            tree = ast.parse(source).body[0]
-        except (OSError, SyntaxError, IndexError):
+        tree = _tree(function)
+        if tree is None:
             return "no source"  # what dataclass makes, a lambda in a table
-        if isinstance(tree, ast.FunctionDef):  # settings and seeds stand in the rows
-            decorators = [d for d in tree.decorator_list if _called(d) != "experiment"]
-            tree.decorator_list = decorators
         scope = function.__globals__ | inspect.getclosurevars(function).nonlocals
         names = _Names(tree, lambda n: self.name(n, scope[n]) if n in scope else n)
         return _dump(names.visit(tree))
@@ -198,23 +226,8 @@ class _Source:
                 self.known[value] = hashlib.sha256(text.encode()).hexdigest()[:16]
             return self.known[value]
         if isinstance(value, type) or not dataclasses.is_dataclass(value):
-            return self.plain(value)
-        return f"{type(value).__name__} {self.plain(_changed(value))}"
-
-    def plain(self, value: Any) -> str:
-        """Numbers, texts, and what is made of them; of anything else its name."""
-        if isinstance(value, Mapping):
-            return str([(k, self.value(v)) for k, v in value.items()])
-        if isinstance(value, (list, tuple)):
-            return str([self.value(v) for v in value])
-        if isinstance(value, partial):
-            return str(
-                [self.value(v) for v in (value.func, value.args, value.keywords)]
-            )
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return repr(value)
-        names = (getattr(value, n, None) for n in ("__qualname__", "__name__"))
-        return next(filter(None, names), type(value).__name__)
+            return _plain(value, self.value)
+        return f"{type(value).__name__} {_plain(_changed(value), self.value)}"
 
 
 def function_hash(function: Callable[..., dict]) -> str:
@@ -426,7 +439,7 @@ def select(rows: list[dict], metric: str, **config) -> list[float]:
         )
     return found
 
-# %% ../../nbs/training/07_experiments.ipynb #8a488e39
+# %% ../../nbs/training/07_experiments.ipynb #fbf40300
 def _losses(row: dict, steps: int) -> list[float]:
     """The first losses that a row holds; older rows have them among the metrics."""
     return (row.get("losses") or row["metrics"].get("opening") or [])[:steps]
