@@ -97,7 +97,7 @@ def test_forward_is_decode_after_encode():
     seed=st.integers(0, 99),
 )
 def test_a_row_alone(lengths, limit, num_beams, seed):
-    """A row of a batch generates what it generates alone, up to the padding after it."""
+    """A row of a batch generates what it does alone, up to the padding after it."""
     model, (source, mask) = bag(), sources(lengths, seed)
     together = model.generate(source, mask, limit, num_beams)
     assert together.shape[1] <= limit

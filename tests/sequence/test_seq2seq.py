@@ -1,6 +1,7 @@
 """Sequence to Sequence: the four models against the papers' equations and torch's own
 layers, and what must never change a result."""
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -589,3 +590,95 @@ def test_context_in_the_first_step_only():
     assert not state["context"].any() and torch.equal(
         state["rnn"][0], cho.encode(inputs[0], inputs[2])["rnn"][0]
     )
+
+
+def test_scheduled_sampling_goes_from_first_to_last():
+    """The share of own tokens by step, and the loss of the tokens as they are read."""
+    from attn_notes.sequence.seq2seq_evidence import (
+        ScheduledSampling,
+        joined_phrases,
+        make_variant,
+        own_prefix_logits,
+    )
+    from attn_notes.training.losses import token_cross_entropy
+
+    task = joined_phrases()
+    model = make_variant("attention", task, 0)
+    batch = task.collate([task.dataset("train")[i] for i in range(4)])
+    shape = batch["decoder_input_ids"].shape
+    for first, last, step, share in (
+        (0.0, 0.5, 0, 0.0),
+        (0.0, 0.5, 50, 0.25),
+        (0.0, 0.5, 400, 0.5),
+        (1.0, 1.0, 3, 1.0),
+    ):
+        sampling = ScheduledSampling(task, first, last, 100)
+        sampling.step = step
+        torch.manual_seed(1)
+        terms = sampling.loss(model, batch)
+        torch.manual_seed(1)
+        logits = own_prefix_logits(model, batch, torch.rand(shape) < share)
+        expected, _ = token_cross_entropy(logits, batch["labels"])
+        assert terms.keys() == sampling.counts(batch).keys()
+        assert torch.equal(terms["next_token"][0], expected)
+        assert sampling.step == step + 1
+
+
+def test_characters_are_tokens():
+    from attn_notes.sequence.seq2seq_evidence import (
+        from_characters,
+        to_characters,
+        unit_phrases,
+    )
+
+    tokens, characters = unit_phrases("token"), unit_phrases("character")
+    vocabulary = characters.target_vocab
+    for pair, original in zip(
+        characters.pairs("test"), tokens.pairs("test"), strict=True
+    ):
+        assert from_characters(pair.target) == original.target
+        ids = vocabulary.encode(pair.target)
+        assert len(ids) == len(original.target)
+        assert from_characters(vocabulary.decode(ids)) == original.target
+    assert to_characters("à 3 h") == "à ␣ 3 ␣ h"
+    assert len(vocabulary) < 100 < len(tokens.target_vocab)
+
+
+def test_no_experiment_writes_weights():
+    from attn_notes.sequence import seq2seq_evidence
+    from attn_notes.training.experiments import EXPERIMENTS
+
+    functions = [e.function for key, e in EXPERIMENTS.items() if key[0] == "seq2seq"]
+    assert len(functions) == 6
+    for function in (*functions, seq2seq_evidence.train_phrases):
+        assert "save" not in inspect.getsource(function)
+
+
+def test_the_timed_pair_is_equal():
+    from attn_notes.sequence.seq2seq_evidence import TorchSeq2Seq
+
+    ours = Seq2SeqLSTM(SMALL)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            nn.init.normal_(parameter, std=0.4)
+    reference = TorchSeq2Seq(ours).double()  # holds ours
+    source, target, _ = batch((6, 6))
+    torch.testing.assert_close(
+        reference(source, target), ours(source, target), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["variants", "small_start", "equal_time", "feedback", "phrases", "characters"],
+)
+def test_stored_runs_replay(name):
+    """Seed 0 of every setting gives its stored losses again."""
+    from attn_notes.sequence import seq2seq_evidence  # noqa: F401, registers them
+    from attn_notes.training.experiments import load, replay
+
+    for index, row in enumerate(load("seq2seq", name)):
+        if row["seed"] == 0:
+            stored, now = replay("seq2seq", name, index)
+            assert len(stored) == len(now) >= 10
