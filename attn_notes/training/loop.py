@@ -105,7 +105,7 @@ class Processes:
         if self.group is not None:
             torch.distributed.destroy_process_group(self.group)
 
-# %% ../../nbs/training/06_loop.ipynb #807c1a74
+# %% ../../nbs/training/06_loop.ipynb #07c1a742
 @contextmanager
 def _seeded(*numbers: int) -> Iterator[None]:
     """Random numbers of the CPU (torch, numpy, Python) that depend on these numbers
@@ -355,7 +355,7 @@ def evaluate(learner: Learner, processes: Processes) -> dict[str, float]:
     learner.model.train()
     return {f"valid_{name}": value for name, value in metrics.items()}
 
-# %% ../../nbs/training/06_loop.ipynb #6b0f9159
+# %% ../../nbs/training/06_loop.ipynb #b0f91598
 FLUSH_EVERY = 25  # steps between two looks at the losses, on accelerators
 
 
@@ -436,7 +436,7 @@ class RunFiles:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-# %% ../../nbs/training/06_loop.ipynb #381fef79
+# %% ../../nbs/training/06_loop.ipynb #81fef793
 class _Enough(BaseException):
     """Ends what trains inside `stopping_after`."""
 
@@ -498,9 +498,8 @@ class Run:
         self.stream = BatchStream(task, recipe, self.processes, config)
         self.files = RunFiles(folder, self.accelerator)
         self.history, self.pending, self.begun = History(), [], time.perf_counter()
-        torch.manual_seed(
-            recipe.seed + self.processes.rank
-        )  # dropout differs by process
+        self.flush_every = 1 if self.accelerator.device.type == "cpu" else FLUSH_EVERY
+        torch.manual_seed(recipe.seed + self.processes.rank)  # dropout differs
 
     def due(self, every: int | None) -> bool:
         """Whether what is done every so many steps, and at the end, is due now."""
@@ -514,8 +513,8 @@ class Run:
         step, seconds = self.learner.step, round(time.perf_counter() - self.begun, 3)
         row = {"step": step, "lr": self.recipe.lr(step), "seconds": seconds}
         self.pending.append((row, list(shares[0].counts), values))
-        every = 1 if self.accelerator.device.type == "cpu" else FLUSH_EVERY
-        due = self.due(self.recipe.evaluate_every) or len(self.pending) >= every
+        due = self.due(self.recipe.evaluate_every)
+        due = due or len(self.pending) >= self.flush_every
         if due or self.due(self.recipe.checkpoint_every):
             look(self)
 
@@ -526,7 +525,7 @@ class Run:
         if watch := _WATCH.get():
             watch.see(self, row["loss"])
 
-# %% ../../nbs/training/06_loop.ipynb #7b0f3387
+# %% ../../nbs/training/06_loop.ipynb #b0f33875
 def look(run: Run) -> None:
     """Read the losses, save and evaluate where that is due, and record the rows."""
     *rows, last = read_rows(run.pending, run.processes)
