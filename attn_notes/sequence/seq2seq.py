@@ -292,6 +292,9 @@ class InputFeedingRNN(Recurrent):
     step by step, eq. (eq-s2s-bahdanau). `project` does the embeddings' share of the
     first layer for all steps at once, `step` the rest of one step."""
 
+    weight_ih_l0: Tensor
+    bias_ih_l0: Tensor
+
     def __init__(
         self,
         kind: str,
@@ -458,7 +461,7 @@ SEQ2SEQ_TINY = Recipe(
     batch_size=64,
     max_grad_norm=1.0,
 )
-_TINY = {
+_TINY: dict[str, Any] = {
     "source_vocab_size": 1000,
     "target_vocab_size": 1000,
     "embedding_size": 96,
@@ -467,12 +470,15 @@ _TINY = {
     "attention_size": 128,
     "maxout_size": 128,
 }
-_ONE_LAYER = {
+_ONE_LAYER: dict[str, Any] = {
     "num_hidden_layers": 1,
     "reverse_source": False,
     "initializer_range": 0.01,
 }
-_METADATA = {"chapter": "sequence/02_seq2seq", "task": "translation"}
+_METADATA: dict[str, Any] = {
+    "chapter": "sequence/02_seq2seq",
+    "task": "translation",
+}
 _RECIPES = {"tiny": SEQ2SEQ_TINY}
 
 register_models(

@@ -226,7 +226,7 @@ def train_feedback(seed: int, name: str, steps: int = 400) -> dict:
 # %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #398fcad5
 def train_phrases(
     language: str, holdout: str, seed: int = 0, steps: int = SEQ2SEQ_TINY.max_steps
-) -> tuple[EncoderDecoder, TranslationTask, Any]:
+) -> tuple[Any, Any, Any]:
     """Bahdanau's model at its tiny size, trained on CLDR phrases; with the task and
     the history."""
     task = create_task("translation", f"cldr-en-{language}", holdout=holdout)
@@ -280,7 +280,7 @@ def score_phrases(
         "curve": [row["loss"] for row in history[::25]],
     }
 
-# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #efcc5f4e
+# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #fcc5f4ea
 SPACE_SIGN = "␣"
 
 
@@ -342,18 +342,19 @@ def train_unit(seed: int, name: str, unit: str, steps: int = 500) -> dict:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
-# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #c6a49ba8
+# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #422fcd5f
 class TorchSeq2Seq(nn.Module):
     """The reference: two torch.nn.LSTM on the weights of a Seq2SeqLSTM."""
 
     def __init__(self, ours: Seq2SeqLSTM) -> None:
         super().__init__()
         self.ours = ours
-        for part, rnn in (("encoder", ours.encoder.rnn), ("decoder", ours.decoder)):
-            sizes = rnn.input_size, rnn.hidden_size, rnn.num_layers
-            layers = nn.LSTM(*sizes, batch_first=True)
-            layers.load_state_dict(rnn.state_dict())
-            setattr(self, part, layers)
+        self.encoder, self.decoder = (
+            nn.LSTM(rnn.input_size, rnn.hidden_size, rnn.num_layers, batch_first=True)
+            for rnn in (ours.encoder.rnn, ours.decoder)
+        )
+        self.encoder.load_state_dict(ours.encoder.rnn.state_dict())
+        self.decoder.load_state_dict(ours.decoder.state_dict())
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
         _, v = self.encoder(self.ours.encoder.embedding(input_ids.flip(1)))
