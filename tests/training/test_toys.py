@@ -368,15 +368,16 @@ def test_an_accelerator_waits_every_25_steps_only(monkeypatch, tmp_path):
     run = loop.Run(model, Constant(), recipe, tmp_path)
     run.flush_every = loop.FLUSH_EVERY  # as on an accelerator
     with loop._opened(run, None):
+        run.update()  # opens the loader
         reads, after = Reads(monkeypatch), []
-        for _ in range(60):
+        for _ in range(59):
             before = reads.count
             run.update()
             after.append((reads.count - before, len(run.history)))
         monkeypatch.undo()
-    assert [i for i, (n, _) in enumerate(after, start=1) if n] == [25, 40]
+    assert [i for i, (n, _) in enumerate(after, start=2) if n] == [25, 40]
     rows = [n for _, n in after]
-    assert rows == [0] * 24 + [25] * 15 + [40] * 20 + [40]
+    assert rows == [0] * 23 + [25] * 15 + [40] * 20 + [40]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
