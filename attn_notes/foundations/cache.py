@@ -89,7 +89,7 @@ class CrossAttentionCache:
         "This cache: the beams of a sentence share its row."
         return self
 
-# %% ../../nbs/foundations/07_cache.ipynb #1cca25d6
+# %% ../../nbs/foundations/07_cache.ipynb #cca25d6d
 def cross_attend(
     attention: Callable[..., Tensor],
     q: Float[Tensor, "r h n c"],

@@ -18,36 +18,42 @@ from torch import Tensor
 
 # %% ../../nbs/foundations/00_checks.ipynb #dc3e8467
 class ConfigError(ValueError):
-    "A model or recipe that can not be built: an unknown name or field, or sizes that do not fit together."
+    """A model or recipe that cannot be built: an unknown name or field, or sizes that
+    do not fit together."""
 
 
 class InputError(ValueError):
-    "Tensors, texts or files that a function can not work with: rank, type, width, length or values."
+    """Tensors, texts or files that a function cannot work with: rank, type, width,
+    length or values."""
 
 
 class CheckpointError(ValueError):
-    "Weights that can not be read, or that belong to another model."
+    "Weights that cannot be read, or that belong to another model."
 
 
 class CheckpointWarning(UserWarning):
-    "Weights that were read, but not completely used: the message lists what was skipped or newly initialized."
+    """Weights that were read, but not completely used: the message lists what was
+    skipped or newly initialized."""
 
 # %% ../../nbs/foundations/00_checks.ipynb #22f0d5fd
 def _came(x: Any) -> str:
-    "`x` in a few words, for an error message: type and shape of a tensor, otherwise its class."
+    """`x` in a few words, for an error message: type and shape of a tensor, otherwise
+    its class."""
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
     return type(x).__name__
 
 # %% ../../nbs/foundations/00_checks.ipynb #906c8b64
 def check_ids(ids: Tensor, name: str = "input_ids") -> None:
-    "`InputError` unless `ids` is a non-empty integer tensor (b n). Reads no data."
+    """Raises `InputError` unless `ids` is a non-empty integer tensor (b n). Reads no
+    data."""
     whole = isinstance(ids, Tensor) and not (
         ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
     )
     if not whole or ids.ndim != 2:
         raise InputError(
-            f"{name}: expected token ids, whole numbers of shape (b, n); got {_came(ids)}"
+            f"{name}: expected token ids, whole numbers of shape (b, n); "
+            f"got {_came(ids)}"
         )
     if 0 in ids.shape:
         raise InputError(
@@ -56,15 +62,13 @@ def check_ids(ids: Tensor, name: str = "input_ids") -> None:
 
 
 def check_features(x: Tensor, width: int, name: str = "x") -> None:
-    "`InputError` unless `x` is a non-empty floating-point tensor (b n width). Reads no data."
-    if (
-        not isinstance(x, Tensor)
-        or not x.is_floating_point()
-        or x.ndim != 3
-        or x.shape[-1] != width
-    ):
+    """Raises `InputError` unless `x` is a non-empty floating-point tensor (b n width).
+    Reads no data."""
+    features = isinstance(x, Tensor) and x.is_floating_point()
+    if not features or x.ndim != 3 or x.shape[-1] != width:
         raise InputError(
-            f"{name}: expected features, floating point of shape (b, n, {width}); got {_came(x)}"
+            f"{name}: expected features, floating point of shape (b, n, {width}); "
+            f"got {_came(x)}"
         )
     if 0 in x.shape:
         raise InputError(
@@ -73,14 +77,13 @@ def check_features(x: Tensor, width: int, name: str = "x") -> None:
 
 # %% ../../nbs/foundations/00_checks.ipynb #d106543c
 def check_mask_shape(mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
-    "`InputError` unless `mask` is a boolean tensor of exactly `shape`. Reads no data."
-    if (
-        not isinstance(mask, Tensor)
-        or mask.dtype != torch.bool
-        or tuple(mask.shape) != tuple(shape)
-    ):
+    """Raises `InputError` unless `mask` is a boolean tensor of exactly `shape`. Reads
+    no data."""
+    boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
+    if not boolean or tuple(mask.shape) != tuple(shape):
         raise InputError(
-            f"{name}: expected a boolean mask of shape {tuple(shape)}, True where allowed; got {_came(mask)}"
+            f"{name}: expected a boolean mask of shape {tuple(shape)}, "
+            f"True where allowed; got {_came(mask)}"
         )
 
 # %% ../../nbs/foundations/00_checks.ipynb #2386a1c5
@@ -90,7 +93,8 @@ def check_divides(
     divisor_name: str = "num_attention_heads",
     width_name: str = "hidden_size",
 ) -> None:
-    "`ConfigError` unless both are positive and `divisor` divides `width`: as many heads of equal width."
+    """Raises `ConfigError` unless both are positive and `divisor` divides `width`: as
+    many heads of equal width."""
     check_positive(**{divisor_name: divisor, width_name: width})
     if width % divisor:
         raise ConfigError(
@@ -99,7 +103,7 @@ def check_divides(
 
 
 def check_positive(**sizes: int) -> None:
-    "`ConfigError` unless every size is a whole number of at least 1."
+    "Raises `ConfigError` unless every size is a whole number of at least 1."
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(
@@ -108,20 +112,17 @@ def check_positive(**sizes: int) -> None:
 
 # %% ../../nbs/foundations/00_checks.ipynb #d4e482b4
 def check_probability(**rates: float) -> None:
-    "`ConfigError` unless every rate is a number from 0 up to, but not including, 1."
+    "Raises `ConfigError` unless every rate is a number from 0 to below 1."
     for name, rate in rates.items():
-        if (
-            isinstance(rate, bool)
-            or not isinstance(rate, (int, float))
-            or not 0 <= rate < 1
-        ):
+        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if not number or not 0 <= rate < 1:
             raise ConfigError(
                 f"{name} must be a number from 0 to below 1; got {rate!r}"
             )
 
 
 def check_choice(choices: tuple[str, ...], **values: str) -> None:
-    "`ConfigError` unless every value is one of `choices`."
+    "Raises `ConfigError` unless every value is one of `choices`."
     for name, value in values.items():
         if value not in choices:
             raise ConfigError(
@@ -156,38 +157,40 @@ def require_package(package: str, extra: str) -> Path:
 
 # %% ../../nbs/foundations/00_checks.ipynb #c90befc7
 def check_id_values(ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
-    "`InputError` unless every id is in 0 ... vocab_size - 1. Reads data: for the edges, not for a forward pass."
+    """Raises `InputError` unless every id is in 0 ... vocab_size - 1. Reads data: for
+    the edges, not for a forward pass."""
     low, high = ids.min().item(), ids.max().item()
     if low < 0 or high >= vocab_size:
         raise InputError(
-            f"{name}: expected ids from 0 to {vocab_size - 1}; got {low if low < 0 else high}"
+            f"{name}: expected ids from 0 to {vocab_size - 1}; "
+            f"got {low if low < 0 else high}"
         )
 
 
 def check_mask_rows(mask: Tensor, name: str = "mask") -> None:
-    "`InputError` if a row of `mask` (... n) allows nothing. Reads data: for the edges, not for a forward pass."
+    """Raises `InputError` if a row of `mask` (... n) allows nothing. Reads data: for
+    the edges, not for a forward pass."""
     hidden = ~mask.any(-1)
     if hidden.any():
         row = hidden.nonzero()[0].tolist()
         raise InputError(
-            f"{name}: expected at least one True in every row; row {row[0] if len(row) == 1 else tuple(row)} hides everything"
+            f"{name}: expected at least one True in every row; row "
+            f"{row[0] if len(row) == 1 else tuple(row)} hides everything"
         )
 
 # %% ../../nbs/foundations/00_checks.ipynb #fdb88de1
 class Output:
-    """Base of what a model with several outputs returns. A subclass lists its fields; it becomes a dataclass, and a node that
-    torch.compile and torch.export see through. Fields that are None do not appear among the keys."""
+    """Base of what a model with several outputs returns. A subclass lists its fields;
+    it becomes a dataclass, and a node that torch.compile and torch.export see through.
+    Fields that are None do not appear among the keys."""
 
     def __init_subclass__(cls) -> None:
         dataclass(cls)
         torch.utils._pytree.register_dataclass(cls)
 
     def keys(self) -> list[str]:
-        return [
-            field.name
-            for field in fields(self)
-            if getattr(self, field.name) is not None
-        ]
+        "The names of the fields that are not None."
+        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.keys():
