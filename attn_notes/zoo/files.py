@@ -96,7 +96,7 @@ def readable(path: Path) -> bool:
     """Whether the name of a file says that it holds weights."""
     return path.suffix in READERS or path.name.endswith(INDEX)
 
-# %% ../../nbs/zoo/01_files.ipynb #1d226346
+# %% ../../nbs/zoo/01_files.ipynb #51d22634
 WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model", "model_state_dict")
 
 
@@ -111,7 +111,7 @@ def unwrap(content: object) -> object:
         content = found
     return content
 
-# %% ../../nbs/zoo/01_files.ipynb #f5609806
+# %% ../../nbs/zoo/01_files.ipynb #8f560980
 def _read_index(path: Path) -> dict[str, Tensor]:
     """All tensors of a sharded checkpoint. Raises `CheckpointError` for an index that
     is no index, a shard that is missing or elsewhere, or a tensor that is not in it."""

@@ -180,7 +180,7 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
             raise unknown_name_error(f"field of {type(config).__name__}", key, names)
     return replace(config, **overrides)
 
-# %% ../../nbs/zoo/03_registry.ipynb #d4197cf0
+# %% ../../nbs/zoo/03_registry.ipynb #4197cf08
 def chapter_modules() -> list[str]:
     """The modules of the package that register models, in alphabetical order."""
     root = Path(str(files("attn_notes")))
@@ -205,7 +205,7 @@ def _index_entries(modules: Iterable[str]) -> dict[str, dict[str, Any]]:
         if info.model.__module__ in modules
     }
 
-# %% ../../nbs/zoo/03_registry.ipynb #781fa0f8
+# %% ../../nbs/zoo/03_registry.ipynb #81fa0f8a
 def write_index(path: Path | None = None) -> dict[str, str]:
     """Import every chapter that registers models and write the index; returns
     {module: what is wrong with it}, empty when every chapter is in it."""
