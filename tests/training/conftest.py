@@ -1,4 +1,5 @@
-"""The toy task of these tests is a module beside them, since the processes that they start import it too."""
+"""The toy tasks of these tests are modules beside them, since the processes that they
+start import them too."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,9 @@
-"""Run by test_resume.py as a process of its own: for each moment, a training that is killed by SIGKILL there, then one that resumes it.
+"""Run by test_resume.py as a process of its own: for each moment, a training that is
+killed by SIGKILL there, then one that resumes it.
 
-Prints a JSON object {moment: {"killed": signal, "step": of the checkpoint found, "digest": of the weights at the end, "steps": in metrics.jsonl}}.
-Each run is a fork of this process, which has only imported torch and not yet computed with it.
+Prints a JSON object {moment: {"killed": signal, "step": of the checkpoint found,
+"digest": of the weights at the end, "steps": in metrics.jsonl}}. Each run is a fork of
+this process, which has only imported torch and not yet computed with it.
 """
 
 import hashlib
@@ -13,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import accelerate.utils
+import accelerate.utils  # noqa: F401  before the forks
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
@@ -34,7 +36,7 @@ def die(*_, **__):
 
 
 def dying(function, call: int, before: bool = True):
-    """`function`, which kills the process at its n-th call, before or after doing its work."""
+    """`function`, which kills the process at its n-th call, before or after its work."""
     calls = iter(range(1, 10**6))
 
     def wrapped(*arguments, **options):
@@ -68,7 +70,7 @@ def half_a_file(save, call: int):
 
 
 def half_a_line(record, call: int):
-    """RunFiles.write, which at its n-th call leaves half a line in the file and dies."""
+    """RunFiles.write, which at its n-th call leaves half a line and dies."""
     calls = iter(range(1, 10**6))
 
     def wrapped(self, row):
@@ -129,6 +131,11 @@ def resumed_run(folder: Path, moment: str) -> None:
     (folder / "digest").write_text(digest(model))
 
 
+def note_step(folder: Path) -> None:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    (folder / "step").write_text(str(state["step"]))
+
+
 def digest(model) -> str:
     return hashlib.sha256(
         b"".join(p.numpy().tobytes() for p in model.state_dict().values())
@@ -160,11 +167,7 @@ def main(root: Path, moments: list[str]) -> None:
             if moment == "from outside"
             else in_fork(first_run, folder, moment)
         )
-        in_fork(
-            lambda: (folder / "step").write_text(
-                str(torch.load(folder / "checkpoint.pt", weights_only=True)["step"])
-            )
-        )
+        in_fork(note_step, folder)
         in_fork(resumed_run, folder, moment)
         steps = [
             json.loads(line)["step"]

@@ -243,7 +243,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
 
 @pytest.fixture(autouse=True)
 def ctrl_c_acts():
-    """Python's own handler: what was started in the background ignores Ctrl-C, and hands that on."""
+    """Python's own handler: what was started in the background ignores Ctrl-C, and
+    hands that on."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -602,6 +603,9 @@ def test_atomic_write_keeps_the_old_file_when_interrupted(tmp_path):
 
 @pytest.mark.slow
 def test_importing_the_package_does_not_import_accelerate():
-    code = "import sys, attn_notes, attn_notes.training.loop, attn_notes.training.experiments; print(*{'accelerate', 'scipy', 'matplotlib', 'tensorboard'} & set(sys.modules))"
+    code = """
+import sys, attn_notes, attn_notes.training.loop, attn_notes.training.experiments
+print(*{"accelerate", "scipy", "matplotlib", "tensorboard"} & set(sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == ""

@@ -57,7 +57,7 @@ def test_sums_and_counts_of_parts_add_up():
     logits, labels = torch.randn(6, 5, 8), torch.randint(8, (6, 5))
     parts = [
         token_cross_entropy(z, y, label_smoothing=0.1)
-        for z, y in zip(logits.split(2), labels.split(2))
+        for z, y in zip(logits.split(2), labels.split(2), strict=True)
     ]
     whole = token_cross_entropy(logits, labels, label_smoothing=0.1)
     assert (

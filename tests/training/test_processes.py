@@ -44,6 +44,22 @@ def test_same_losses(runs, recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["whole", "halves", "thirds", "workers"])
+def test_same_terms_to_double_precision(runs, recipe):
+    """Counts differ between processes, batches and terms."""
+    one, two = (run[recipe] for run in runs)
+    assert (one["looked"], two["looked"]) == (7, 4)  # of seven held-out images
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert b == pytest.approx(a, rel=1e-12)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-12)
+    if recipe in ("halves", "workers"):
+        whole = runs[0]["whole"]
+        for a, b in zip(whole["rows"], two["rows"], strict=True):
+            assert b == pytest.approx(a, rel=1e-12)
+        assert two["weights"] == pytest.approx(whole["weights"], rel=1e-12)
+
+
+@pytest.mark.slow
 def test_one_process_stops_all_and_they_resume(runs):
     for run in runs:
         assert run["stopped"] == "stopped after step 5"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attn_notes.foundations.checks import ConfigError
+from attn_notes.foundations.positions import LearnedPositions
 from attn_notes.training.recipes import Recipe, make_optimizer
 from attn_notes.training.schedules import (
     SCHEDULES,
@@ -243,3 +244,81 @@ def test_optimizer_spares_vectors_and_frozen_parameters(name, kind):
         (g["weight_decay"], [tuple(p.shape) for p in g["params"]])
         for g in optimizer.param_groups
     ] == [(0.1, [(2, 3)]), (0.0, [(2,), (2,)])]
+
+
+class Parts(nn.Module):
+    """A model with everything that weight decay spares, and more."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm((2, 2)))
+        self.positions = LearnedPositions(2, max_position_embeddings=5)
+        self.table = nn.Parameter(torch.zeros(4, 2))
+        self.pair_bias = nn.Parameter(torch.zeros(2, 2))
+        self.tokens = nn.Embedding(6, 2)
+        self.head = nn.Linear(2, 6)
+        self.head.weight = self.tokens.weight  # tied
+
+    def no_weight_decay(self):
+        return {"table"}
+
+
+def grouped(model, recipe):
+    """Names of the parameters of each group, by weight decay and rate."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        (g["weight_decay"], g["lr"], g["lr_scale"]): [names[p] for p in g["params"]]
+        for g in make_optimizer(model, recipe).param_groups
+    }
+
+
+def test_groups_of_parameters():
+    recipe = Recipe(optimizer="adamw", weight_decay=0.1, learning_rate=0.5)
+    decayed = ["backbone.0.weight", "tokens.weight"]
+    spared = [
+        "table",
+        "pair_bias",
+        "backbone.0.bias",
+        "backbone.1.weight",
+        "backbone.1.bias",
+        "positions.weight",
+        "head.bias",
+    ]
+    assert grouped(Parts(), recipe) == {
+        (0.1, 0.5, 1.0): decayed,
+        (0.0, 0.5, 1.0): spared,
+    }
+    scales = {"backbone.0.*": 0.1, "backbone.*": 0.2, "positions.weight": 0}
+    assert grouped(Parts(), replace(recipe, lr_scales=scales)) == {
+        (0.1, 0.5, 1.0): ["tokens.weight"],
+        (0.1, 0.05, 0.1): ["backbone.0.weight"],
+        (0.0, 0.5, 1.0): ["table", "pair_bias", "head.bias"],
+        (0.0, 0.05, 0.1): ["backbone.0.bias"],
+        (0.0, 0.1, 0.2): ["backbone.1.weight", "backbone.1.bias"],
+        (0.0, 0.0, 0.0): ["positions.weight"],
+    }
+
+
+@pytest.mark.parametrize("tied_name", ["tokens.weight", "head.weight"])
+def test_a_tied_parameter_is_spared_by_either_name(tied_name):
+    class Tied(Parts):
+        def no_weight_decay(self):
+            return {tied_name, "table"}
+
+    groups = grouped(Tied(), Recipe(weight_decay=0.1))
+    assert groups[0.1, 1e-3, 1.0] == ["backbone.0.weight"]
+
+
+@pytest.mark.no_shapes
+def test_names_and_patterns_must_be_of_parameters():
+    class Misnamed(Parts):
+        def no_weight_decay(self):
+            return {"table", "tabel"}
+
+    with pytest.raises(ConfigError, match="no_weight_decay: .* got tabel"):
+        make_optimizer(Misnamed(), Recipe())
+    scales = {"backbone.*": 0.1, "backbones.*": 0.1}
+    with pytest.raises(ConfigError, match=r"lr_scales: .* got \['backbones"):
+        make_optimizer(Parts(), Recipe(lr_scales=scales))
+    with pytest.raises(ConfigError, match="parameters to train; got none"):
+        make_optimizer(Parts().requires_grad_(False), Recipe())
