@@ -1,4 +1,4 @@
-"""attn-notes as a reader meets it: exit codes, one clear line, nothing half written, and a translation at the end."""
+"""attn-notes as a reader meets it: exit codes, one clear line, nothing half written."""
 
 import json
 import os
@@ -107,20 +107,19 @@ def test_a_model_that_fails_its_check_is_named(monkeypatch, capsys):
     assert capsys.readouterr().out == "FAILED  seq2seq_gru  two devices\n"
 
 
-def test_bench_prints_the_ratio_and_fails_when_ours_is_slower(monkeypatch, capsys):
+@pytest.mark.parametrize("ratio, code", [(0.9, 0), (1.3, 1)])
+def test_bench_prints_the_ratio_and_fails_when_ours_is_slower(
+    monkeypatch, capsys, ratio, code
+):
     from attn_notes.zoo import benchmark
-    from attn_notes.zoo.benchmark import Benchmark, Paired
+    from attn_notes.zoo.benchmark import Benchmark, TimingRatio
 
-    for ratio, code in ((0.9, 0), (1.3, 1)):
-        monkeypatch.setattr(
-            benchmark,
-            "run_pair",
-            lambda title: Benchmark(
-                title, Paired(ratio, ratio, ratio, 1.0, 1.0), 1, 1, 0.5, 0.5
-            ),
-        )
-        assert run("bench", "multihead") == code
-        assert f"time x{ratio:.2f}" in capsys.readouterr().out
+    time = TimingRatio(ratio, ratio, ratio, 1.0, 1.0)
+    monkeypatch.setattr(
+        benchmark, "run_pair", lambda title: Benchmark(title, time, 1, 1, 0.5, 0.5)
+    )
+    assert run("bench", "multihead") == code
+    assert f"time x{ratio:.2f}" in capsys.readouterr().out
 
 
 # wrong questions
@@ -133,7 +132,7 @@ def test_bench_prints_the_ratio_and_fails_when_ours_is_slower(monkeypatch, capsy
         (["info", "seq2sec_lstm"], "did you mean 'seq2seq_lstm'"),
         (["list", "nothing*"], "unknown model 'nothing*'"),
         (["check", "seq2seq_lstn", "--device", "fake"], "did you mean 'seq2seq_lstm'"),
-        (["check", "seq2seq_gru", "--device", "nonsense"], "is not to be had here"),
+        (["check", "seq2seq_gru", "--device", "nonsense"], "got 'nonsense'"),
         (["bench", "nonsense"], "unknown benchmark"),
         (
             ["predict", "seq2seq_gru", "--pretrained", "nowhere", "a"],
@@ -157,13 +156,14 @@ def test_wrong_questions(refused, argv, said):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--data", "cldr-en-fx"], "no translation set 'cldr-en-fx'"),
-        (["--data", "wmt14-en-de"], "wmt14-en-de needs data_dir"),
+        (["--data", "cldr-en-fx"], "did you mean 'cldr-en-fr'"),
+        (["--data", "wmt14-en-de"], "wmt14-en-de needs a folder"),
+        (["--task", "painting"], "unknown kind of task 'painting'"),
         (["--data", "wmt14-en-de", "--data-dir", "nowhere"], "nowhere"),
         (["--recipe", "huge"], "invalid choice: 'huge'"),
         (["--max-steps", "0"], "whole number of at least 1"),
         (["--seed", "-1"], "seed"),
-        (["--resume"], "there is no checkpoint in"),
+        (["--resume"], "--resume: expected a checkpoint in"),
     ],
 )
 def test_training_is_refused_before_anything_is_written(refused, tmp_path, more, said):
@@ -296,9 +296,8 @@ def test_train_interrupt_resume_predict(tmp_path, capsys):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 130, said
-    assert (
-        said.splitlines()[-1]
-        == f"attn-notes: interrupted; --resume continues the run in {tmp_path / 'broken'}"
+    assert said.splitlines()[-1] == (
+        f"attn-notes: interrupted; --resume continues the run in {tmp_path / 'broken'}"
     )
     assert (
         "Traceback" not in said
@@ -374,11 +373,11 @@ def test_wmt14_from_its_files_to_a_translation(wmt14, tmp_path, capsys, name):
     ]
     assert run(*train) == 0
     stored = json.loads((tmp_path / "run" / "task.json").read_text())
-    joint = name.startswith("transformer")
+    shared = name.startswith("transformer")
     assert (
-        stored["joint_vocabulary"] is joint
-        and ("merges" in stored["source"]) is joint
-        and (stored["source"]["tokens"] == stored["target"]["tokens"]) is joint
+        stored["shared_vocabulary"] is shared
+        and ("merges" in stored["source"]) is shared
+        and (stored["source"]["tokens"] == stored["target"]["tokens"]) is shared
     )
     capsys.readouterr()
     assert (
@@ -390,15 +389,19 @@ def test_wmt14_from_its_files_to_a_translation(wmt14, tmp_path, capsys, name):
 
 @pytest.mark.slow
 def test_sentences_beyond_the_positions_are_left_out(monkeypatch, tmp_path, capsys):
-    from attn_notes.data import tasks
+    from attn_notes.data import translation_task
+    from attn_notes.data.phrases import TranslationPair
 
-    long = [tasks.Pair("word " * 200, "Wort " * 200), tasks.Pair("word", "Wort " * 128)]
-    task_pairs = tasks.task_pairs
+    long = [
+        TranslationPair("word " * 200, "Wort " * 200),
+        TranslationPair("word", "Wort " * 128),
+    ]
+    read_pairs = translation_task.read_pairs
     monkeypatch.setattr(
-        tasks,
-        "task_pairs",
+        translation_task,
+        "read_pairs",
         lambda split, **data: (
-            task_pairs(split, **data)[:40] + long * (split == "train")
+            read_pairs(split, **data)[:40] + long * (split == "train")
         ),
     )
     assert (
@@ -451,3 +454,128 @@ def test_predict_uses_the_shipped_weights_and_reads_lines(monkeypatch, capsys):
     assert run("predict", "seq2seq_bahdanau", "France", "-") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0] == lines[1] and "3" in lines[2]
+
+
+def test_list_imports_no_chapter():
+    code = (
+        "import sys; from attn_notes.cli import main; main(['list']);"
+        "print(sorted(m for m in sys.modules if m.startswith('attn_notes.sequence')))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert said.stdout.splitlines()[-1] == "[]", said.stderr
+
+
+class Reverse:
+    """A task that is no translation: what the command line may know of one."""
+
+    kind = "reverse"
+
+    def predict(self, model, inputs, **options):
+        for i, text in enumerate(inputs):
+            if not text.isalpha():
+                from attn_notes.foundations.checks import InputError
+
+                raise InputError(f"inputs: expected letters; got {text!r} at {i}")
+        self.calls.append((list(inputs), options))
+        return [{"text": text[::-1]} for text in inputs]
+
+
+@pytest.fixture
+def reverse(monkeypatch):
+    """`predict` with that task, and what the task was asked."""
+    from attn_notes import cli
+
+    task = Reverse()
+    task.calls = []
+    monkeypatch.setattr(cli, "_trained", lambda arguments: (task, None))
+    return task
+
+
+def test_a_bad_line_costs_that_line(reverse, monkeypatch, capsys):
+    import io
+
+    lines = ["ab", "cd", "3", "ef", "gh", "ij", "kl", "", "mn"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert run("predict", "any", "xy", "-") == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f'{{"text": "{line[::-1]}"}}' if line.isalpha() else ""
+        for line in ["xy", *lines]
+    ]
+    complaints = said.err.splitlines()
+    assert [line.split(": ")[1] for line in complaints] == ["line 3", "line 8"]
+    assert "got '3'" in complaints[0]
+    asked = [text for some, _ in reverse.calls for text in some]
+    assert asked == [line for line in ["xy", *lines] if line.isalpha()]
+    assert len(reverse.calls) < len(asked)  # the good ones still go together
+
+
+def test_inputs_that_are_all_bad(reverse, capsys):
+    assert run("predict", "any", "1", "2") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 2
+    assert "input 2" in said.err and not reverse.calls
+
+
+def test_no_lines_no_answers(reverse, monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert run("predict", "any", "-") == 0 and capsys.readouterr().out == ""
+
+
+def test_options_reach_the_task_only_when_given(reverse):
+    run("predict", "any", "ab")
+    run("predict", "any", "--num-beams", 3, "ab")
+    assert [options for _, options in reverse.calls] == [{}, {"num_beams": 3}]
+
+
+@pytest.mark.no_shapes
+def test_weights_that_leave_a_part_untrained_do_not_predict(refused, monkeypatch):
+    import warnings
+
+    from attn_notes import cli
+    from attn_notes.foundations.checks import CheckpointWarning
+
+    def untrained(*args, **kwargs):
+        said = "x: re-initialized, of another size: head"
+        warnings.warn(said, CheckpointWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "create_model", untrained)
+    assert "re-initialized" in refused("predict", "seq2seq_bahdanau", "a")
+
+
+@pytest.fixture
+def painting(monkeypatch):
+    """A kind of task that the package does not have, with a data set of its own."""
+    from attn_notes.data import tasks
+
+    monkeypatch.setattr(tasks, "KINDS", dict(tasks.KINDS))
+    monkeypatch.setattr(tasks, "_CLASSES", dict(tasks._CLASSES))
+    made = []
+
+    @tasks.register_task("painting", data=("louvre", "cldr-en-fr"))
+    class Painting:
+        @classmethod
+        def create(cls, data_name, data_dir=None, seed=0):
+            made.append((data_name, data_dir, seed))
+            raise KeyboardInterrupt  # seen enough
+
+    return made
+
+
+@pytest.mark.no_shapes
+def test_the_data_set_implies_the_task(painting, refused, capsys, tmp_path):
+    train = ["train", "seq2seq_gru", "--output", tmp_path / "run", "--seed", 3]
+    said = refused(*train, "--data", "louvre")
+    assert "--data: louvre is for painting, seq2seq_gru is for translation" in said
+    assert run(*train, "--data", "louvre", "--task", "painting") == 130
+    assert run(*train, "--task", "painting", "--data-dir", "here") == 130
+    assert painting == [("louvre", None, 3), ("louvre", Path("here"), 3)]
+    # a set that serves both kinds goes to the model's own
+    from attn_notes.data.tasks import kind_of_data
+
+    assert kind_of_data("cldr-en-fr", "translation") == "translation"
+    assert not (tmp_path / "run").exists()

@@ -283,11 +283,10 @@ class FittedSplits(EncodedSplits):
     def filter_by_length(self, max_length: int) -> None:
         """Leave out longer training pairs, and bound translations by `max_length`."""
         keep = within_length(self.dataset("train"), max_length)
-        bound = min(self.max_new_tokens, max_length)
         if not keep.all():
             self.leave_out("train", keep)
             self._ids["train"] = self.dataset("train").filter(keep)
-        self._max_new_tokens = bound
+        self._max_new_tokens = min(self.max_new_tokens, max_length)
 
     @property
     def max_new_tokens(self) -> int:
@@ -397,8 +396,9 @@ def check_texts(texts: Any) -> None:
         raise InputError(f"inputs: expected a list of texts; got {texts!r:.60}")
     for i, text in enumerate(texts):
         if not text.strip():
+            where = f" at {i}" if len(texts) > 1 else ""
             raise InputError(
-                f"inputs: expected texts of a token or more; got an empty one at {i}"
+                f"inputs: expected texts of a token or more; got {text!r}{where}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Every example is in one batch an epoch, padding is masked, processes share a batch."""
+"""Every example is in one batch an epoch, padding is masked, a batch is shared."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The phrases are translations, the same in every process, and none is a key that Babel gave back."""
+"""The phrases are translations, the same in every process, and none is a key."""
 
 import datetime
 import os
@@ -74,13 +74,15 @@ def test_text_is_normalized():
 @pytest.mark.slow
 def test_another_process_gives_the_same_pairs():
     code = (
-        "from attn_notes.data.translation import translation_pairs; from hashlib import sha256;"
-        "digest = sha256(repr([translation_pairs('cldr-en-fr', split) for split in ('train', 'test')]).encode()).hexdigest()"
+        "from attn_notes.data.translation import translation_pairs as pairs\n"
+        "from hashlib import sha256\n"
+        "found = [pairs('cldr-en-fr', split) for split in ('train', 'test')]\n"
+        "digest = sha256(repr(found).encode()).hexdigest()"
     )
     here = {}
     exec(code, here)
     there = subprocess.run(
-        [sys.executable, "-c", code + "; print(digest)"],
+        [sys.executable, "-c", code + "\nprint(digest)"],
         env={**os.environ, "PYTHONHASHSEED": "1"},
         capture_output=True,
         text=True,

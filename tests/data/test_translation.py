@@ -1,4 +1,4 @@
-"""Splits that do not touch, longer sentences, the neighbour baseline, and WMT14 in its real layouts."""
+"""Splits that do not touch, longer sentences, a baseline, WMT14 in real layouts."""
 
 import pytest
 
@@ -144,7 +144,7 @@ PAIRS = [
 
 
 def write_parquet(folder, shards=2):
-    """The set wmt/wmt14 as it lies on the hub: shards with a column `translation`, a struct of both languages."""
+    """The set wmt/wmt14 as on the hub: shards with a column `translation`."""
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -152,7 +152,9 @@ def write_parquet(folder, shards=2):
     kind = pyarrow.struct([("de", pyarrow.string()), ("en", pyarrow.string())])
     for split, count in (("train", shards), ("validation", 1), ("test", 1)):
         for i in range(count):
-            rows = [{"de": a, "en": b} for a, b in zip(GERMAN, ENGLISH)][i::count]
+            rows = [{"de": a, "en": b} for a, b in zip(GERMAN, ENGLISH, strict=True)][
+                i::count
+            ]
             parquet.write_table(
                 pyarrow.table({"translation": pyarrow.array(rows, kind)}),
                 folder / f"{split}-{i:05d}-of-{count:05d}.parquet",
@@ -228,3 +230,14 @@ def test_parquet_of_something_else(tmp_path):
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1 cut short")
     with pytest.raises(InputError, match="train"):
         translation_pairs("wmt14-en-de", data_dir=tmp_path)
+
+
+def test_pairs_come_one_by_one(tmp_path):
+    """What is wrong is said at once, and no more is read than is asked for."""
+    with pytest.raises(InputError, match="missing train.en"):
+        iterate_pairs("wmt14-en-de", data_dir=tmp_path)
+    write_text(tmp_path)
+    pairs = iterate_pairs("wmt14-en-de", "valid", data_dir=tmp_path)
+    assert next(pairs) == PAIRS[0] and list(pairs) == PAIRS[1:]
+    found = list(iterate_pairs("dates-iso", "test", "unit"))
+    assert found == translation_pairs("dates-iso", "test", "unit")

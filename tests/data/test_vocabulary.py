@@ -192,7 +192,10 @@ def test_texts_that_look_like_special_tokens_are_texts():
 
 @pytest.mark.slow
 def test_training_is_the_same_in_every_process():
-    code = f"from attn_notes.data.vocabulary import BPEVocabulary; print(BPEVocabulary.build({ENGLISH + GERMAN!r}, max_size=120).to_dict())"
+    code = (
+        "from attn_notes.data.vocabulary import BPEVocabulary as V;"
+        f"print(V.build({ENGLISH + GERMAN!r}, max_size=120).to_dict())"
+    )
     said = {
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
