@@ -94,15 +94,16 @@ def fit_state(
     formats: Iterable[CheckpointFormat] = (),
     source: str = "checkpoint",
     classifier: tuple[str, ...] | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Copy named tensors into a model, whichever of the `formats` they come in (the
     book's own always counts). `classifier` are shell patterns of the keys that depend
     on the number of classes, by default the class attribute of that name.
 
     A classifier of another number of classes keeps its fresh values, and so do keys
     that the format never holds; parts that the model has not are skipped: all with a
-    `CheckpointWarning` that lists them. Raises `CheckpointError` that lists any other
-    missing, unexpected or misshapen key; then the model is left as it was."""
+    `CheckpointWarning` that lists them. Returns the keys of the model that were not
+    filled. Raises `CheckpointError` that lists any other missing, unexpected or
+    misshapen key; then the model is left as it was."""
     state = strip_wrappers(state)
     fmt = find_format(state, formats)
     state = fmt.apply(state, model)
@@ -125,6 +126,7 @@ def fit_state(
     if not any(v.is_meta for v in own.values()):  # without memory it is only compared
         taken = {key: state[key] for key in own if key not in left}
         model.load_state_dict(taken, strict=not left)
+    return tuple(key for key in own if key in left)
 
 # %% ../../nbs/zoo/04_checkpoints.ipynb #379cbc20
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -249,7 +251,8 @@ def load_pretrained(
     revision: str | None = None,
 ) -> nn.Module:
     """What `create_model(name, pretrained=...)` does: configuration, weights, and the
-    model that `build` makes of the configuration, filled and in evaluation mode.
+    model that `build` makes of the configuration, filled and in evaluation mode; its
+    `not_loaded` names the keys that kept their fresh values.
 
     Raises `CheckpointError` for what is not there or does not fit, `ConfigError` for
     overrides that the configuration refuses."""
@@ -263,6 +266,8 @@ def load_pretrained(
     state = strip_wrappers(read_state_dict(weights))
     fmt = find_format(state, info.formats)
     config = stored_config(info, folder, fmt) if folder else info.config
-    model = build(override(config, overrides or {}))
-    fit_state(model, state, info.formats, str(pretrained), info.classifier)
+    model: Any = build(override(config, overrides or {}))
+    model.not_loaded = fit_state(
+        model, state, info.formats, str(pretrained), info.classifier
+    )
     return model.eval()

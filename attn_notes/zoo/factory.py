@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_placement', 'build_model', 'count_parameters', 'create_model', 'example_inputs']
 
-# %% ../../nbs/zoo/06_factory.ipynb #37a320d9
+# %% ../../nbs/zoo/06_factory.ipynb #637a320d
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,7 +19,7 @@ from ..foundations.checks import ConfigError
 from .checkpoints import load_pretrained
 from .registry import ModelInfo, model_info, override
 
-# %% ../../nbs/zoo/06_factory.ipynb #d19aa868
+# %% ../../nbs/zoo/06_factory.ipynb #19aa868e
 def check_placement(
     device: torch.device | str | None, dtype: torch.dtype | None = None
 ) -> None:
@@ -65,7 +65,7 @@ def count_parameters(model: nn.Module) -> int:
     share counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
-# %% ../../nbs/zoo/06_factory.ipynb #e2f7b09c
+# %% ../../nbs/zoo/06_factory.ipynb #edeadf84
 def create_model(
     name: str,
     pretrained: bool | str | Path | None = None,
@@ -85,12 +85,14 @@ def create_model(
     `CheckpointError` for weights that do not fit."""
     info = model_info(name)
     check_placement(device, dtype)
+    if revision is not None and not isinstance(pretrained, str | Path):
+        raise ConfigError(f"revision: expected with a hub id alone; got {pretrained!r}")
     build = partial(build_model, info, device=device, dtype=dtype)
     if pretrained is None or pretrained is False:
         return build(override(info.config, overrides))
     return load_pretrained(info, pretrained, build, overrides, revision)
 
-# %% ../../nbs/zoo/06_factory.ipynb #d88b3729
+# %% ../../nbs/zoo/06_factory.ipynb #ed88b372
 def example_inputs(
     name: str,
     batch_size: int = 2,

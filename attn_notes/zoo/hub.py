@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'Model', 'save_weights', 'PretrainedMixin']
 
-# %% ../../nbs/zoo/05_hub.ipynb #6a8c0e23
+# %% ../../nbs/zoo/05_hub.ipynb #a8c0e236
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from .files import atomic_folder
 from .formats import shared_names
 from .registry import list_models, model_info
 
-# %% ../../nbs/zoo/05_hub.ipynb #eb7ef66f
+# %% ../../nbs/zoo/05_hub.ipynb #b7ef66fc
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's state as one safetensors file, each shared tensor under its first
     name. Raises `CheckpointError` for a model on the meta device."""
@@ -31,7 +31,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     tensors = {n[0]: state[n[0]].contiguous() for n in shared_names(model)}
     save_file(tensors, path, metadata={"format": "pt"})
 
-# %% ../../nbs/zoo/05_hub.ipynb #215ad32c
+# %% ../../nbs/zoo/05_hub.ipynb #15ad32c2
 CARD = """---
 {{ card_data }}
 ---
@@ -45,7 +45,7 @@ this folder or its hub id gives it back.
 
 Model = TypeVar("Model", bound="PretrainedMixin")
 
-# %% ../../nbs/zoo/05_hub.ipynb #5fe40b51
+# %% ../../nbs/zoo/05_hub.ipynb #d62189bb
 class PretrainedMixin(
     ModelHubMixin, library_name="attn_notes", model_card_template=CARD
 ):
@@ -56,6 +56,7 @@ class PretrainedMixin(
 
     config: Any
     architecture: str | None = None  # the registered name it was created from
+    not_loaded: tuple[str, ...] = ()  # keys that its checkpoint did not fill
 
     def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
         """Write config.json, model.safetensors and a model card into a folder,

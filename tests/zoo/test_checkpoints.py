@@ -23,6 +23,7 @@ from attn_notes.zoo.checkpoints import fit_state
 from attn_notes.zoo.files import atomic_folder, read_state_dict
 from attn_notes.zoo.formats import CheckpointFormat, matches
 from attn_notes.zoo.hub import save_weights
+from attn_notes.zoo.registry import register_models
 
 KINDS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
@@ -118,10 +119,10 @@ def test_the_folder_wins_over_the_name_and_overrides_win_over_both(saved):
     with pytest.warns(
         an.CheckpointWarning, match="re-initialized.*head.weight, head.bias"
     ):
-        assert (
-            an.create_model("toy", pretrained=folder, num_classes=9).head.out_features
-            == 9
-        )
+        model = an.create_model("toy", pretrained=folder, num_classes=9)
+    assert model.head.out_features == 9
+    assert model.not_loaded == ("head.weight", "head.bias")
+    assert an.create_model("toy", pretrained=folder).not_loaded == ()
     with pytest.raises(
         an.CheckpointError, match="misshapen: embedding.weight .13, 6. for .14, 6."
     ):
@@ -287,7 +288,8 @@ def test_keys_that_a_format_never_holds_are_left_as_they_were(toy, recwarn):
         },
     )
     before = model.embedding.weight.clone()
-    fit_state(model, given, (bare,))
+    left = fit_state(model, given, (bare,))
+    assert left == ("embedding.weight", "output.weight")
     assert [str(w.message) for w in recwarn] == [
         "checkpoint: not in this format, left as they were: "
         "embedding.weight, output.weight"
@@ -377,6 +379,9 @@ def test_pickles_are_downloaded_only_where_the_hub_has_nothing_else(
 def test_only_the_hub_has_revisions(saved, tmp_path):
     with pytest.raises(an.ConfigError, match="revision: expected with a hub id alone"):
         an.create_model("toy", pretrained=saved[1], revision="main")
+    for nothing in (None, True):
+        with pytest.raises(an.ConfigError, match="revision: expected with a hub id"):
+            an.create_model("toy", nothing, revision="main")
     refuses(
         "no model that the hub gave at revision 'v9'",
         "toy",
@@ -589,3 +594,29 @@ def test_a_kill_while_writing_leaves_the_folder_as_it_was(tmp_path):
     with atomic_folder(tmp_path / "out") as part:
         (part / "a").write_text("new")
     assert (tmp_path / "out" / "a").read_text() == "new"
+
+
+class Named(torch.nn.Module, hub.PretrainedMixin):
+    """A module of the model has the name under which others list its keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_classes)
+
+
+def test_a_module_named_classifier_needs_only_its_registration(toy, tmp_path):
+    register_models(
+        Named,
+        {"named": {"config": toy.config_class(), "parameters": 21}},
+        paper="nobody",
+        year=2026,
+        chapter="none",
+        task="image_classification",
+        classifier=("classifier.*",),
+    )
+    model = an.create_model("named", num_classes=4)
+    assert model.classifier.out_features == 4
+    model.save_pretrained(tmp_path / "named")
+    with pytest.warns(an.CheckpointWarning, match="re-initialized.*classifier.weight"):
+        an.create_model("named", tmp_path / "named", num_classes=2)
