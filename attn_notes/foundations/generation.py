@@ -50,7 +50,7 @@ def _generate(
         raise InputError("step: expected logits that are numbers; got NaN")
     return torch.cat(tokens, dim=1)
 
-# %% ../../nbs/foundations/06_generation.ipynb #9532e3fd
+# %% ../../nbs/foundations/06_generation.ipynb #30a125b5
 @torch.no_grad()
 def greedy_search(
     step: Step,
@@ -290,7 +290,7 @@ def beam_search(
             break
     return beam.finished.best()
 
-# %% ../../nbs/foundations/06_generation.ipynb #467d00ea
+# %% ../../nbs/foundations/06_generation.ipynb #5ac1a424
 def sampling_probs(
     logits: Float[Tensor, "r v"],
     temperature: float = 1.0,
@@ -315,7 +315,7 @@ def sampling_probs(
         probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, index, probs)
 
-# %% ../../nbs/foundations/06_generation.ipynb #1e5e8a12
+# %% ../../nbs/foundations/06_generation.ipynb #40b2d6a1
 @torch.no_grad()
 def sample(
     step: Step,

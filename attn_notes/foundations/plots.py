@@ -310,7 +310,8 @@ def show_links(
             axes.text(at, 1.04 * y - 0.02, token, rotation=90 * turned, **style)
     for h, i, j in zip(*np.nonzero(heads >= min_weight), strict=True):
         line = {"color": COLORS[h % len(COLORS)], "alpha": min(1, heads[h, i, j])}
-        axes.plot([x[1][i], x[0][j]], [1, 0], linewidth=2.5, **line)
+        shift = 0.05 * (h - (len(heads) - 1) / 2)  # so that none hides another
+        axes.plot([x[1][i] + shift, x[0][j] + shift], [1, 0], linewidth=2.5, **line)
     if len(heads) > 1:
         for h in range(len(heads)):
             axes.plot([], [], color=COLORS[h % len(COLORS)], label=f"head {h}")
@@ -365,10 +366,8 @@ def curves(
     axes.set(xscale=xscale, yscale=yscale, **labels)
     if xscale == "linear" and (x == x.round()).all():
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if 1 < len(lines) <= 3:
-        axes.legend(loc="best")
-    elif len(lines) > 3:  # would hide some of them
-        columns = max(1, int(60 / (max(map(len, lines)) + 5)))
+    if len(lines) > 1:  # beside the lines, of which it would hide some
+        columns = max(1, int(64 / (max(map(len, lines)) + 5)))
         figure.legend(loc="outside lower center", ncols=min(columns, len(lines)))
     return figure
 

@@ -81,7 +81,7 @@ def _rows(table: Tensor, n: int, offset: int) -> Tensor:
         )
     return table[offset : offset + n]
 
-# %% ../../nbs/foundations/03_positions.ipynb #6cae1783
+# %% ../../nbs/foundations/03_positions.ipynb #59918c6a
 class TokenPositionEmbedding(nn.Module):
     """The embeddings of tokens times `scale`, plus the vectors of their positions, then
     dropout; and, with the same table of tokens, logits.

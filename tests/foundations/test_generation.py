@@ -125,11 +125,14 @@ def plain_beam(table, limit, k, alpha):
     st.integers(1, 4),
     st.integers(0, 9999),
     st.sampled_from([0.0, 0.6, 1.0, 3.0]),
+    st.sampled_from([0.0, -6.0]),
 )
 @settings(max_examples=60)
-def test_a_beam_is_the_plain_beam(limits, k, seed, alpha):
-    "Row by row, with a limit for each, and in as many steps as the longest row takes."
+def test_a_beam_is_the_plain_beam(limits, k, seed, alpha, ending):
+    """Row by row, with a limit for each, and in as many steps as the longest row takes;
+    with likely and unlikely ends."""
     models = tables(len(limits), seed, scale=1.5)
+    models[..., EOS] += ending
     calls = []
 
     def counted(tokens, state):
@@ -327,6 +330,22 @@ def test_search_ends_early_when_nothing_can_win():
     assert found.tolist() == [[EOS]] * 3 and len(calls) == 1
 
 
+@pytest.mark.parametrize("k, alpha", [(1, 1.0), (1, 0.0), (2, 0.0), (3, 0.0)])
+def test_a_tie_ends_the_search(k, alpha):
+    """An open hypothesis no better than what is complete is not followed: by the
+    first rule for a beam of one, by the second without a length penalty."""
+    calls = []
+
+    def tied(tokens, state):
+        calls.append(1)
+        logits = torch.tensor([[-torch.inf, -torch.inf, 1.0, 1.0, -torch.inf]])
+        return logits.expand(len(tokens), -1), state
+
+    options = {"num_beams": k, "length_penalty": alpha}
+    found = beam_search(tied, None, bos(2), EOS, PAD, 9, **options)
+    assert found.tolist() == [[EOS]] * 2 and len(calls) == 1
+
+
 def test_length_penalty_prefers_longer():
     models = tables(60, seed=3)
     lengths = [
@@ -476,10 +495,12 @@ def test_distribution_at_its_edges():
     assert sampling_probs(half, top_p=0.51).count_nonzero() == 2
     assert sampling_probs(half, top_k=2).count_nonzero() == 2  # of equals the first
     assert torch.equal(sampling_probs(half, top_k=4, top_p=1.0), half.exp())
+    equals = sampling_probs(torch.zeros(1, 5000), top_k=3)  # the first of them
+    assert equals.nonzero()[:, 1].tolist() == [0, 1, 2]
     many = torch.zeros(1, 100_000)  # rounding loses no token when all are kept
     many[0, 0] = 30.0
     assert (sampling_probs(many, top_p=1.0) > 0).all()
-    cold = sampling_probs(torch.tensor([[3.0, 1e4, 1e4 + 1]]), temperature=1e-30)
+    cold = sampling_probs(torch.tensor([[3.0, 1e4, 1e4 + 1]]), temperature=1e-36)
     assert cold.tolist() == [[0, 0, 1]]
     assert sampling_probs(half.half(), 2.0).dtype == torch.float32
     assert sampling_probs(torch.full((1, 3), -torch.inf)).isnan().all()
@@ -493,6 +514,7 @@ def test_distribution_at_its_edges():
         {"temperature": 3.0},
         {"top_k": 2},
         {"top_p": 0.6},
+        {"top_p": 1.0},
         {"temperature": 1.5, "top_k": 3, "top_p": 0.8},
     ],
 )
