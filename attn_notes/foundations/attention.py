@@ -7,10 +7,11 @@ __all__ = ['attention_weights', 'attention_naive', 'Attention', 'ScaledDotProduc
 # %% ../../nbs/foundations/01_attention.ipynb #5e90cbe0
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +196,8 @@ class HeadProjections(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, num_attention_heads={self.num_attention_heads}"
 
-# %% ../../nbs/foundations/01_attention.ipynb #1539d2b0
+# %% ../../nbs/foundations/01_attention.ipynb #727509b7
+#| code-fold: true
 def _check_arguments(
     cache: KeyValueCache | CrossAttentionCache | None,
     key: Tensor | None,
@@ -206,7 +208,7 @@ def _check_arguments(
 ) -> None:
     """Raises `InputError` for arguments that do not go with `cache`, or for a value
     without a key."""
-    given = {"key": key, "value": value}
+    given: dict[str, Any] = {"key": key, "value": value}
     if isinstance(cache, CrossAttentionCache):
         given |= {"mask": mask, "bias": bias, "is_causal": is_causal or None}
     for name, argument in given.items():
@@ -214,7 +216,7 @@ def _check_arguments(
             beside = f"beside a {type(cache).__name__}" if cache else "without a key"
             raise InputError(f"{name}: expected None {beside}; got {name}")
 
-
+# %% ../../nbs/foundations/01_attention.ipynb #1539d2b0
 class MultiHeadAttention(HeadProjections):
     """Multi-head attention, eq. (eq-multi-head); loads the state dict of
     torch.nn.MultiheadAttention(hidden_size, num_attention_heads)."""
@@ -291,19 +293,22 @@ class _Recorder:
             for path, module in model.named_modules()
             if isinstance(module, Attention)
         }
-        methods = [getattr(type(model), n, None) for n in ("forward", "generate")]
-        methods = [
-            inspect.unwrap(method) for method in (*methods, nn.Module._call_impl)
+        methods = [nn.Module._call_impl] + [
+            getattr(type(model), name)
+            for name in ("forward", "generate")
+            if hasattr(type(model), name)
         ]
-        self.codes = {getattr(method, "__code__", None) for method in methods}
+        codes = [getattr(inspect.unwrap(m), "__code__", None) for m in methods]
+        self.codes = {code for code in codes if code is not None}
         self.call: FrameType | None = None
 
     def outer_call(self) -> FrameType | None:
         "The outermost call of the model's `forward` or `generate` that is under way."
         frame, found = sys._getframe(1), None
         while frame is not None:
-            if frame.f_code in self.codes and frame.f_locals["self"] is self.model:
-                found = frame
+            if frame.f_code in self.codes:
+                receiver = frame.f_locals.get(frame.f_code.co_varnames[0])
+                found = frame if receiver is self.model else found
             frame = frame.f_back
         return found
 
@@ -318,7 +323,9 @@ class _Recorder:
 
 # %% ../../nbs/foundations/01_attention.ipynb #c6eba94f
 @contextmanager
-def record_attention(model: nn.Module) -> Iterator[dict[str, Float[Tensor, "b h n m"]]]:
+def record_attention(
+    model: nn.Module,
+) -> Generator[dict[str, Float[Tensor, "b h n m"]], None, None]:
     """Record the attention weights of `model`: a dict from the path of every
     `Attention` inside it to its weights (b h n m), detached, without dropout.
 

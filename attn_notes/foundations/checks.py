@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 # %% ../../nbs/foundations/00_checks.ipynb #dc3e8467
@@ -153,7 +154,7 @@ def require_package(package: str, extra: str) -> Path:
         )
     if found.submodule_search_locations:
         return Path(found.submodule_search_locations[0])
-    return Path(found.origin).parent
+    return Path(str(found.origin)).parent
 
 # %% ../../nbs/foundations/00_checks.ipynb #c90befc7
 def check_id_values(ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
@@ -184,9 +185,11 @@ class Output:
     it becomes a dataclass, and a node that torch.compile and torch.export see through.
     Fields that are None do not appear among the keys."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     def __init_subclass__(cls) -> None:
         dataclass(cls)
-        torch.utils._pytree.register_dataclass(cls)
+        pytree.register_dataclass(cls)
 
     def keys(self) -> list[str]:
         "The names of the fields that are not None."

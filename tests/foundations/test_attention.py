@@ -130,6 +130,9 @@ def test_large_scores_leave_nothing_on_hidden_keys():
     q, k, v = qkv(dtype=torch.float32)
     weights = attention_weights(100 * q, -100 * k, MASKS["keys"])
     assert weights.isfinite().all() and (weights[1, ..., 2:] == 0).all()
+    low = attention_weights(torch.full_like(q, 1e5), -k.abs(), MASKS["keys"])
+    for found in (weights, low):  # hidden keys take nothing from the others either
+        assert torch.allclose(found.sum(-1), torch.ones(2, 3, 4))
     for bias in (None, torch.full((4, 5), 1e4)):
         changed = v.detach().clone()
         changed[1, :, 2:] += 1e6
