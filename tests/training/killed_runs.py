@@ -36,7 +36,7 @@ def die(*_, **__):
 
 
 def dying(function, call: int, before: bool = True):
-    """`function`, which kills the process at its n-th call, before or after its work."""
+    """`function`, which kills its process at the n-th call, before or after it."""
     calls = iter(range(1, 10**6))
 
     def wrapped(*arguments, **options):

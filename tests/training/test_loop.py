@@ -13,12 +13,13 @@ from torch import nn
 from training_toy import RECIPE, Toy, ToyModel, serve, toy_loss, toy_model
 
 from attn_notes.foundations.checks import CheckpointError, ConfigError, InputError
+from attn_notes.training import loop
 from attn_notes.training.checkpoints import (
     atomic_write,
     load_checkpoint,
     save_checkpoint,
 )
-from attn_notes.training.loop import train
+from attn_notes.training.loop import recording_losses, stopping_after, train
 from attn_notes.training.recipes import Recipe
 from attn_notes.training.tasks import check_batch
 
@@ -345,6 +346,145 @@ def test_tensorboard_has_no_step_twice(tmp_path):
         .Reload()
         .Scalars("loss")
     ] == list(range(1, 13))
+
+
+# rows that are read from the device only now and then, as on an accelerator
+
+
+@pytest.fixture
+def every_seventh(monkeypatch):
+    monkeypatch.setattr(loop, "flush_every", lambda device: 7)
+
+
+def test_rows_read_later_are_the_same_rows(tmp_path, every_seventh, monkeypatch):
+    _, later = run(RECIPE, dropout=0.2, output_dir=tmp_path)
+    monkeypatch.undo()
+    _, at_once = run(RECIPE, dropout=0.2)
+    assert [{**row, "seconds": 0} for row in later] == [
+        {**row, "seconds": 0} for row in at_once
+    ]
+    assert rows(tmp_path) == list(later)
+
+
+def test_ctrl_c_reads_the_rows_that_are_still_on_the_device(tmp_path, every_seventh):
+    recipe = replace(RECIPE, evaluate_every=None, checkpoint_every=None)
+    with pytest.raises(KeyboardInterrupt, match="after step 4"):
+        run(recipe, Stopping(4), dropout=0.2, output_dir=tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    model, history = run(recipe, dropout=0.2, output_dir=tmp_path, resume=True)
+    assert [row["step"] for row in history] == list(range(1, 13))
+    assert same(model, run(recipe, dropout=0.2)[0])
+
+
+@pytest.mark.no_shapes
+def test_a_loss_read_later_stops_the_run_before_it_is_saved(tmp_path, every_seventh):
+    class Exploding(Toy):
+        calls = 0
+
+        def loss(self, model, batch):
+            self.calls += 1
+            loss, weight = super().loss(model, batch)["token"]
+            return {"token": (loss * (math.inf if self.calls == 4 else 1), weight)}
+
+    recipe = replace(RECIPE, evaluate_every=None)
+    refused(ConfigError, "became inf at step 4", recipe, task=Exploding())
+    refused(
+        ConfigError,
+        "became inf at step 4",
+        recipe,
+        task=Exploding(),
+        output_dir=tmp_path,
+    )
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+@pytest.mark.no_shapes
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    class Spoilt(Toy):
+        """A gradient that is not finite, of a loss that is."""
+
+        calls = 0
+
+        def loss(self, model, batch):
+            self.calls += 1
+            loss, weight = super().loss(model, batch)["token"]
+            if self.calls == 6:
+                loss = loss + (0 * model.head.bias).sum().sqrt()
+            return {"token": (loss, weight)}
+
+    recipe = replace(RECIPE, max_grad_norm=None)
+    said = "the weights are no longer finite after step 6"
+    refused(ConfigError, said, recipe, toy_model(0.0), Spoilt(), output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    assert same(run(recipe, output_dir=tmp_path, resume=True)[0], run(recipe)[0])
+    last = replace(recipe, max_steps=6)
+    refused(ConfigError, said, last, task=Spoilt())  # also where nothing is saved
+
+
+# what ends in an evaluation
+
+
+def test_a_checkpoint_is_written_before_the_evaluation_of_its_step(tmp_path):
+    class Failing(Watching):
+        def evaluate(self, model, *arguments):
+            if len(self.seen) == 1:
+                raise MemoryError
+            return super().evaluate(model, *arguments)
+
+    recipe = replace(RECIPE, evaluate_every=3, checkpoint_every=3)
+    with pytest.raises(MemoryError):
+        run(recipe, Failing(), dropout=0.2, output_dir=tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] == state["row"]["step"] == 6 and len(rows(tmp_path)) == 5
+    task = Watching()
+    model, history = run(recipe, task, dropout=0.2, output_dir=tmp_path, resume=True)
+    whole, expected = run(recipe, dropout=0.2)
+    assert same(model, whole) and len(task.seen) == 3  # at 6, 9 and 12
+    assert [{**row, "seconds": 0} for row in history] == [
+        {**row, "seconds": 0} for row in expected
+    ]
+    assert history.curve("valid_loss")[0] == [3, 6, 9, 12]
+
+
+def test_the_last_evaluation_can_be_made_up_for(tmp_path):
+    class Failing(Toy):
+        def evaluate(self, *_):
+            raise MemoryError
+
+    recipe = replace(RECIPE, evaluate_every=None)
+    with pytest.raises(MemoryError):
+        run(recipe, Failing(), dropout=0.2, output_dir=tmp_path)
+    task = Toy()
+    model, history = run(recipe, task, dropout=0.2, output_dir=tmp_path, resume=True)
+    assert history.curve("valid_loss")[0] == [12] and task.served == 1
+    assert same(model, run(recipe, dropout=0.2)[0])
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["row"] is None
+
+
+# replays
+
+
+def test_stopping_after_some_steps():
+    losses = [row["loss"] for row in run(RECIPE, dropout=0.2)[1]]
+    ended = []
+    with stopping_after(4) as first:
+        run(RECIPE, dropout=0.2)
+        ended.append(True)
+    assert first == losses[:4] and not ended
+    with stopping_after(20) as first:  # the whole run, and nothing after it
+        run(RECIPE, dropout=0.2)
+        ended.append(True)
+    assert first == losses and not ended
+    assert len(run(SHORT)[1]) == 6  # outside the block training is as ever
+    with recording_losses(4) as first:
+        run(RECIPE, dropout=0.2)
+        run(SHORT)  # the second run is not looked at
+        ended.append(True)
+    assert first == losses[:4] and ended
+    with recording_losses(20) as first:
+        run(RECIPE, dropout=0.2)
+        run(SHORT)
+    assert first == losses
 
 
 # what is refused

@@ -26,7 +26,7 @@ def weights(model):
 def test_trains(name):
     task, model = toy(name)
     assert isinstance(task, Task) and isinstance(task, TrainingTask)
-    history = train(model, task, replace(RECIPE, max_steps=60), progress=False)
+    history = train(model, task, replace(RECIPE, max_steps=30), progress=False)
     first, last = history[2], history[-1]
     metrics = {key for key in first if key.startswith("valid_")}
     terms = set(task.counts(task.collate(task.dataset("valid"))))
@@ -365,8 +365,10 @@ def test_an_accelerator_waits_every_25_steps_only(monkeypatch, tmp_path):
         evaluate_every=40,
         checkpoint_every=None,
     )
+    assert loop.flush_every(torch.device("cpu")) == 1
+    as_on_cuda = loop.flush_every(torch.device("cuda"))
+    monkeypatch.setattr(loop, "flush_every", lambda _: as_on_cuda)
     run = loop.Run(model, Constant(), recipe, tmp_path)
-    run.flush_every = loop.FLUSH_EVERY  # as on an accelerator
     with loop._opened(run, None):
         run.update()  # opens the loader
         reads, after = Reads(monkeypatch), []
