@@ -95,7 +95,7 @@ class TransformerConfig:
     def target_vocab_size(self) -> int:
         return self.vocab_size
 
-# %% ../../nbs/sequence/04_transformer.ipynb #b0e811fa
+# %% ../../nbs/sequence/04_transformer.ipynb #5b0e811f
 class TransformerEmbedding(TokenPositionEmbedding):
     """Token and position embeddings, and the logits from the same matrix, eq.
     (eq-trf-embed). Learned positions start at the size of the sinusoids."""
@@ -143,7 +143,7 @@ class DecoderBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-# %% ../../nbs/sequence/04_transformer.ipynb #016aa4c7
+# %% ../../nbs/sequence/04_transformer.ipynb #e016aa4c
 class PostNormDecoderBlock(DecoderBlock):
     """Every sub-layer with its residual connection, and the norm behind the sum, eq.
     (eq-trf-sublayer)."""
@@ -173,7 +173,7 @@ class PostNormDecoderBlock(DecoderBlock):
         x = self.norm2(x + self.dropout(self.cross_attention(x, cache=memory)))
         return self.norm3(x + self.dropout(self.feed_forward(x))), past
 
-# %% ../../nbs/sequence/04_transformer.ipynb #800318c6
+# %% ../../nbs/sequence/04_transformer.ipynb #b800318c
 #| code-fold: true
 class PreNormDecoderBlock(DecoderBlock):
     """Every sub-layer with its residual connection, and the norm at the head of the
@@ -246,7 +246,7 @@ def check_tokens(
             f"{name}: expected as many rows as input_ids has, {rows}; got {len(ids)}"
         )
 
-# %% ../../nbs/sequence/04_transformer.ipynb #e90979cb
+# %% ../../nbs/sequence/04_transformer.ipynb #1e90979c
 State = dict[
     str, tuple
 ]  # "memory": CrossAttentionCache, "past": KeyValueCache, a layer
@@ -366,7 +366,7 @@ TORCH_FORMAT = CheckpointFormat(
     absent=("embedding.*",),
 )
 
-# %% ../../nbs/sequence/04_transformer.ipynb #02aeaac6
+# %% ../../nbs/sequence/04_transformer.ipynb #2d47f0d3
 #| code-fold: true
 MARIAN_NAMES = (
     (r"^model\.shared\.", "embedding.tokens."),
@@ -425,7 +425,7 @@ MARIAN_FORMAT = CheckpointFormat(
     ignore=("*.embed_tokens.weight", "*.embed_positions.weight", "lm_head.weight"),
 )
 
-# %% ../../nbs/sequence/04_transformer.ipynb #86eb37ba
+# %% ../../nbs/sequence/04_transformer.ipynb #07b626ca
 #| code-fold: true
 class MarianVocabulary:
     """One side of a Marian folder: the pieces of `source.spm` or `target.spm`, with the
@@ -511,7 +511,7 @@ BIG = {
     "dropout": 0.3,
 }
 
-# %% ../../nbs/sequence/04_transformer.ipynb #a5dec8a6
+# %% ../../nbs/sequence/04_transformer.ipynb #8a4d0ebe
 #| code-fold: true
 register_models(
     Transformer,
