@@ -41,7 +41,7 @@ def _generate(
         invalid = invalid | ranking.isnan().any()
         new = ranking.argmax(-1, keepdim=True).masked_fill(done[:, None], pad_token_id)
         tokens.append(new)
-        done = done | (length == lengths)
+        done = done | (lengths == length)
         if eos_token_id is not None:
             done = done | (new[:, 0] == eos_token_id)
         if done.all():
@@ -50,7 +50,7 @@ def _generate(
         raise InputError("step: expected logits that are numbers; got NaN")
     return torch.cat(tokens, dim=1)
 
-# %% ../../nbs/foundations/06_generation.ipynb #30a125b5
+# %% ../../nbs/foundations/06_generation.ipynb #0a125b5f
 @torch.no_grad()
 def greedy_search(
     step: Step,
@@ -239,7 +239,7 @@ class _Beam:
         self.log_p, index = going.topk(log_probs.shape[1])
         self.tokens = self._pick(tokens, index)
         self.finished.update_done(ended, self.log_p[:, 0], length)
-        at_limit = length == self.finished.max_lengths
+        at_limit = self.finished.max_lengths == length
         still_open = self.log_p.where(at_limit[:, None], -torch.inf)
         self.finished.update_finished(self.tokens, still_open, length)
         self.finished.done = self.finished.done | at_limit
@@ -290,7 +290,7 @@ def beam_search(
             break
     return beam.finished.best()
 
-# %% ../../nbs/foundations/06_generation.ipynb #5ac1a424
+# %% ../../nbs/foundations/06_generation.ipynb #ac1a4243
 def sampling_probs(
     logits: Float[Tensor, "r v"],
     temperature: float = 1.0,
@@ -315,7 +315,7 @@ def sampling_probs(
         probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, index, probs)
 
-# %% ../../nbs/foundations/06_generation.ipynb #40b2d6a1
+# %% ../../nbs/foundations/06_generation.ipynb #0b2d6a14
 @torch.no_grad()
 def sample(
     step: Step,

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import matplotlib.font_manager
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -64,7 +65,7 @@ def _fonts() -> list[str]:
     return ["DejaVu Sans", *simplified_first[:1]]
 
 # %% ../../nbs/foundations/08_plots.ipynb #b1595769
-STYLE = {
+STYLE: dict[str, Any] = {
     "figure.figsize": (WIDTH, 2.9),
     "figure.facecolor": GROUND,
     "savefig.facecolor": GROUND,
@@ -80,7 +81,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "text.color": INK,
@@ -109,7 +110,8 @@ def style() -> None:
     In Jupyter, figures become SVG with the same bytes every time.
     """
     warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
-    matplotlib.rcParams.update({**STYLE, "font.family": _fonts()})
+    settings: Any = matplotlib.rcParams
+    settings.update({**STYLE, "font.family": _fonts()})
     try:
         from IPython import get_ipython
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -223,7 +225,11 @@ def _grid(
         axes.set_xlabel(names[1] if last else "", fontsize=9)
         if titles is not None and line // high * h + i < len(titles):
             axes.set_title(titles[line // high * h + i], fontsize=9)
-    bar = {"location": "bottom", "shrink": 0.6, "aspect": 12 * width / 2.6}
+    bar: dict[str, Any] = {
+        "location": "bottom",
+        "shrink": 0.6,
+        "aspect": 12 * width / 2.6,
+    }
     scale = figure.colorbar(image, ax=panels, ticks=MaxNLocator(4), **bar)
     scale.outline.set(edgecolor=FAINT)
     scale.set_label(label, fontsize=9)
@@ -306,12 +312,13 @@ def show_links(
     x = [np.linspace(0, width, len(tokens) + 2)[1:-1] for tokens in (columns, rows)]
     for y, tokens in enumerate((columns, rows)):
         for at, token in zip(x[y], tokens, strict=True):
-            style = {"ha": "center", "va": "bottom" if y else "top", "fontsize": 9}
-            axes.text(at, 1.04 * y - 0.02, token, rotation=90 * turned, **style)
+            text = axes.text(at, 1.04 * y - 0.02, token, ha="center", fontsize=9)
+            text.set(va="bottom" if y else "top", rotation=90 * turned)
     for h, i, j in zip(*np.nonzero(heads >= min_weight), strict=True):
-        line = {"color": COLORS[h % len(COLORS)], "alpha": min(1, heads[h, i, j])}
         shift = 0.05 * (h - (len(heads) - 1) / 2)  # so that none hides another
-        axes.plot([x[1][i] + shift, x[0][j] + shift], [1, 0], linewidth=2.5, **line)
+        ends, color = (x[1][i] + shift, x[0][j] + shift), COLORS[h % len(COLORS)]
+        (line,) = axes.plot(ends, [1, 0], linewidth=2.5, color=color)
+        line.set_alpha(min(1, heads[h, i, j]))
     if len(heads) > 1:
         for h in range(len(heads)):
             axes.plot([], [], color=COLORS[h % len(COLORS)], label=f"head {h}")
@@ -360,12 +367,14 @@ def curves(
             label=name,
         )
         if len(values) > 1:
-            band = {"color": line.get_color(), "alpha": 0.22, "linewidth": 0}
-            axes.fill_between(x, values.min(0), values.max(0), **band)
+            band = axes.fill_between(x, values.min(0), values.max(0), linewidth=0)
+            band.set(color=line.get_color(), alpha=0.22)
     labels = {"xlabel": xlabel, "ylabel": ylabel, "title": title or ""}
     axes.set(xscale=xscale, yscale=yscale, **labels)
     if xscale == "linear" and (x == x.round()).all():
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(
+            MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+        )
     if len(lines) > 1:  # beside the lines, of which it would hide some
         columns = max(1, int(64 / (max(map(len, lines)) + 5)))
         figure.legend(loc="outside lower center", ncols=min(columns, len(lines)))
@@ -455,20 +464,22 @@ class _Canvas:
     def _add(self, x: float, y: float, width: float, height: float, **style) -> Any:
         "A rectangle with round corners, its lower left one at (x, y)."
         shape = "round,pad=0,rounding_size=0.06"
-        patch = FancyBboxPatch((x, y), width, height, boxstyle=shape, **style)
+        patch = FancyBboxPatch((x, y), width, height, boxstyle=shape, edgecolor=INK)
+        patch.set(**style)
         self.axes.add_patch(patch)
         self.axes.autoscale_view()
         return patch
 
-# %% ../../nbs/foundations/08_plots.ipynb #ae8546ac
+    def _write(
+        self, x: float, y: float, text: str, color: str, ha: str = "center"
+    ) -> None:
+        self.axes.text(x, y, text, color=color, fontsize=9, va="center").set(ha=ha)
+
+# %% ../../nbs/foundations/08_plots.ipynb #bd82d26b
 class Diagram(_Canvas):
     """A picture of a model, `width` by `height` inches: boxes on a grid, arrows between
-    them, frames around them.
-
-    `box`, `arrow` and `frame` return the diagram, so calls can be chained; as the last
-    value of a cell it shows itself. Each raises `InputError` for a name that is taken
-    or that it does not know.
-    """
+    them, frames around them. Calls can be chained; as the last value of a cell it shows
+    itself. Raises `InputError` for a name that is taken or unknown."""
 
     def box(
         self,
@@ -486,10 +497,9 @@ class Diagram(_Canvas):
             raise InputError(f"there is a box called {name!r} already")
         if tone not in TONES:
             raise InputError(f"tone must be one of {', '.join(TONES)}; got {tone!r}")
-        x, y, style = column - width / 2, row - height / 2, {"facecolor": TONES[tone]}
-        self.boxes[name] = self._add(x, y, width, height, edgecolor=INK, **style)
-        at = {"ha": "center", "va": "center", "fontsize": 9, "color": LETTERS}
-        self.axes.text(column, row, name if text is None else text, **at)
+        x, y, color = column - width / 2, row - height / 2, TONES[tone]
+        self.boxes[name] = self._add(x, y, width, height, facecolor=color)
+        self._write(column, row, name if text is None else text, LETTERS)
         return self
 
     def arrow(
@@ -508,10 +518,9 @@ class Diagram(_Canvas):
         edges = [(b.get_x(), b.get_y(), *b.get_bbox().max) for b in self._find(*names)]
         x, y = np.min(edges, axis=0)[:2] - margin
         right, top = np.max(edges, axis=0)[2:] + margin
-        style = {"facecolor": "none", "edgecolor": INK, "linestyle": ":"}
-        self._add(x, y, right - x, top - y, **style)
+        self._add(x, y, right - x, top - y, facecolor="none", linestyle=":")
         at, ha = (x - 0.06, "right") if side == "left" else (right + 0.06, "left")
-        self.axes.text(at, (y + top) / 2, text, fontsize=9, va="center", ha=ha)
+        self._write(at, (y + top) / 2, text, INK, ha)
         return self
 
 # %% ../../nbs/foundations/08_plots.ipynb #0aabf7dc
