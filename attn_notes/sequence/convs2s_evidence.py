@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['trained', 'loss_curve', 'translation']
 
-# %% ../../nbs/sequence/03_convs2s_evidence.ipynb #fd33cfc4
+# %% ../../nbs/sequence/03_convs2s_evidence.ipynb #4a78a3bc
+#| code-fold: true
 from dataclasses import replace
 from typing import Any
 
