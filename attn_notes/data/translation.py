@@ -245,7 +245,8 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
     missing = [path.name for path in wanted if path not in files]
     if missing:
         raise InputError(
-            f"{folder}: expected {count} shards of {split}; missing {', '.join(missing)}"
+            f"{folder}: expected {count} shards of {split}; "
+            f"missing {', '.join(missing)}"
         )
     return wanted
 

@@ -144,10 +144,16 @@ def build_vocabularies(splits: PairSplits, shared: bool) -> list[Vocabulary]:
 
 # %% ../../nbs/data/06_translation_task.ipynb #5f73a31d
 class EncodedPairs:
-    """Pairs of (source ids, target ids), without bos and eos, in one flat array."""
+    """Pairs of (source ids, target ids), without bos and eos, in one flat array.
 
-    def __init__(self, rows: RaggedArray):
+    `index` are the numbers of the pairs that count, all without it.
+    """
+
+    def __init__(self, rows: RaggedArray, index: np.ndarray | None = None):
         self.rows = rows
+        self.index = (
+            np.arange(len(rows) // 2, dtype=np.int32) if index is None else index
+        )
 
     @classmethod
     def encode(
@@ -160,17 +166,23 @@ class EncodedPairs:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every source and target, (pairs, 2)."""
-        return self.rows.lengths.reshape(-1, 2)
+        return self.rows.lengths.reshape(-1, 2)[self.index]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the arrays take."""
+        return self.rows.nbytes + self.index.nbytes
 
     def filter(self, keep: np.ndarray) -> "EncodedPairs":
-        """The pairs where the boolean array `keep` (pairs,) is True."""
-        return type(self)(self.rows.filter(np.repeat(keep, 2)))
+        """The pairs where the boolean array `keep` (pairs,) is True, without a copy."""
+        return type(self)(self.rows, self.index[keep])
 
     def __len__(self) -> int:
-        return len(self.rows) // 2
+        return len(self.index)
 
     def __getitem__(self, i: int | np.integer) -> tuple[np.ndarray, np.ndarray]:
-        return self.rows[2 * i], self.rows[2 * i + 1]
+        row = 2 * int(self.index[i])
+        return self.rows[row], self.rows[row + 1]
 
 # %% ../../nbs/data/06_translation_task.ipynb #1abae126
 def check_vocabularies(

@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -449,9 +450,17 @@ def test_pairs_of_a_folder_are_read_and_not_kept(tmp_path):
 
 
 def test_the_stored_ids_are_flat(task):
-    rows = task.dataset("train").rows
-    assert rows.values.dtype.name == "int32" and len(rows) == 2 * 72
-    assert rows.nbytes < 4 * 5 * 72 + 8 * (2 * 72 + 1)
+    pairs = task.dataset("train")
+    assert pairs.rows.values.dtype.name == "int32" and len(pairs.rows) == 2 * 72
+    assert pairs.nbytes == 4 * pairs.lengths.sum() + 20 * 72 + 8
+    odd = pairs.filter(np.arange(72) % 2 == 1)
+    assert odd.rows is pairs.rows and len(odd) == 36
+    assert [rows_of(odd[i]) for i in range(36)] == [
+        rows_of(pairs[i]) for i in range(1, 72, 2)
+    ]
+    assert odd.lengths.tolist() == pairs.lengths[1::2].tolist()
+    again = odd.filter(np.arange(36) == 3)
+    assert rows_of(again[0]) == rows_of(pairs[7]) and len(list(again)) == 1
     assert list(map(rows_of, task.dataset("valid"))) == [
         [task.source_vocab.encode(p.source), task.target_vocab.encode(p.target)]
         for p in task.pairs("valid")
