@@ -13,9 +13,9 @@ Schedule = Callable[[int], float]
 
 # %% ../../nbs/training/02_schedules.ipynb #1a84dd9b
 def _check(condition: bool, expected: str, got) -> None:
-    """ConfigError in one line, unless the condition holds."""
+    """Raises `ConfigError` unless the condition holds."""
     if not condition:
-        raise ConfigError(f"schedule: expected {expected}, got {got!r}")
+        raise ConfigError(f"schedule: expected {expected}; got {got!r}")
 
 # %% ../../nbs/training/02_schedules.ipynb #c77b04e0
 def constant(warmup_steps: int = 0) -> Schedule:
