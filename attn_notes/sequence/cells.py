@@ -5,6 +5,7 @@ __all__ = ['PADDING_GATES', 'State', 'rnn_cell', 'unroll', 'lstm_cell', 'gru_cel
            'initial_state', 'Recurrent', 'add_forget_bias_', 'ConvStack']
 
 # %% ../../nbs/sequence/01_cells.ipynb #ab645426
+#| code-fold: true
 from collections.abc import Callable
 
 import torch
@@ -94,7 +95,8 @@ PADDING_GATES = {
 }
 State = Tensor | tuple[Tensor, Tensor]
 
-# %% ../../nbs/sequence/01_cells.ipynb #05214001
+# %% ../../nbs/sequence/01_cells.ipynb #b27ce419
+#| code-fold: true
 class RecurrentBase(nn.Module):
     """The parameters of layers of recurrent cells in one or both directions, with the
     names, shapes and initial range of `torch.nn.LSTM` (GRU, RNN).
@@ -138,6 +140,7 @@ class RecurrentBase(nn.Module):
         return [f"{kind}_l{layer}" + "_reverse" * reverse for kind in kinds]
 
 # %% ../../nbs/sequence/01_cells.ipynb #bc182184
+#| code-fold: true
 def run_kernel(
     layers: RecurrentBase,
     x: Float[Tensor, "b n i"],
@@ -194,6 +197,7 @@ def run_padded(
     return x, [torch.cat(rows) for rows in zip(*finals, strict=True)]
 
 # %% ../../nbs/sequence/01_cells.ipynb #bcf78ea7
+#| code-fold: true
 def initial_state(
     layers: RecurrentBase, x: Float[Tensor, "b n i"], state: State | None
 ) -> list[Float[Tensor, "p b h"]]:
@@ -211,7 +215,7 @@ def initial_state(
         )
     return states
 
-# %% ../../nbs/sequence/01_cells.ipynb #65e301cb
+# %% ../../nbs/sequence/01_cells.ipynb #59aa17a4
 class Recurrent(RecurrentBase):
     """Layers of RNN, LSTM or GRU cells, in one or both directions. State dicts go both
     ways between it and `torch.nn.RNN`, `LSTM` or `GRU`.

@@ -1,6 +1,7 @@
 """Recurrent cells: equal to torch's layers, blind to padding, ready for devices, export
 and autocast, and clear about bad input."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -518,3 +519,15 @@ def test_the_encoders_of_the_verses_are_of_one_size(evidence):
         for encoder in evidence.HIDDEN_SIZES
     ]
     assert max(sizes) < 1.03 * min(sizes)
+
+
+@pytest.mark.no_shapes
+def test_a_replay_gives_the_stored_losses_and_notices_others(evidence, monkeypatch):
+    rows = evidence.load("cells", "recall")
+    pair = evidence.replay_losses("recall", index=4, steps=5)
+    assert len(pair["now"]) == 5 and pair["stored"] == rows[4]["metrics"]["losses"][:5]
+    planted = copy.deepcopy(rows)
+    planted[4]["metrics"]["losses"][3] *= 1.01
+    monkeypatch.setattr(evidence, "load", lambda *_: planted)
+    with pytest.raises(InputError, match="expected the stored losses"):
+        evidence.replay_losses("recall", index=4, steps=5)
