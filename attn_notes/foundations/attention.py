@@ -266,12 +266,15 @@ class MultiHeadAttention(HeadProjections):
 # %% ../../nbs/foundations/01_attention.ipynb #4f2299d3
 #| code-fold: true
 def _append(
-    old: Float[Tensor, "b h n m"] | None, new: Float[Tensor, "b h k l"]
-) -> Float[Tensor, "b h q o"]:
+    old: Float[Tensor, "b h n m"] | None, new: Float[Tensor, "r h k l"]
+) -> Float[Tensor, "r h q o"]:
     """The rows (queries) of `new` below those of `old`; the narrower of the two is
-    padded with keys of weight zero."""
+    padded with keys of weight zero. Where a beam search has made several sentences of
+    each, the old ones are repeated."""
     if old is None:
         return new
+    if len(new) > len(old) and len(new) % len(old) == 0:
+        old = old.repeat_interleave(len(new) // len(old), 0)
     if old.shape[:2] != new.shape[:2]:
         raise InputError(
             "record_attention: expected one batch size and number of heads in all "
