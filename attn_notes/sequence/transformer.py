@@ -246,7 +246,7 @@ def check_tokens(
             f"{name}: expected as many rows as input_ids has, {rows}; got {len(ids)}"
         )
 
-# %% ../../nbs/sequence/04_transformer.ipynb #1e90979c
+# %% ../../nbs/sequence/04_transformer.ipynb #fe6e989d
 State = dict[
     str, tuple
 ]  # "memory": CrossAttentionCache, "past": KeyValueCache, a layer
@@ -259,8 +259,8 @@ class TransformerDecoder(Stack):
         self, memory: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None
     ) -> State:
         "The state before the first token: the source as each layer reads it."
-        attentions = [layer.cross_attention for layer in self.layers]
-        caches = tuple(a.project_memory(memory, mask) for a in attentions)
+        layers: Any = self.layers
+        caches = tuple(x.cross_attention.project_memory(memory, mask) for x in layers)
         return {"memory": caches, "past": (KeyValueCache(),) * len(caches)}
 
     def step(
@@ -268,7 +268,8 @@ class TransformerDecoder(Stack):
     ) -> tuple[Float[Tensor, "r m d"], State]:
         "The next m positions, and the state after them."
         memory, past = state["memory"], list(state["past"])
-        for i, layer in enumerate(self.layers):
+        layers: Any = self.layers
+        for i, layer in enumerate(layers):
             x, past[i] = layer.step(x, memory[i], past[i])
         return self.norm(x), {"memory": memory, "past": tuple(past)}
 
@@ -281,7 +282,7 @@ class PaperSearch(EncoderDecoder):
         self,
         input_ids: Int[Tensor, "b n"],
         attention_mask: Bool[Tensor, "b n"] | None = None,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Int[Tensor, "b"] | None = None,
         num_beams: int = 1,
         length_penalty: float = 0.6,
     ) -> Int[Tensor, "b t"]:
@@ -290,17 +291,16 @@ class PaperSearch(EncoderDecoder):
         `num_beams=4`. Also raises `InputError` for more tokens than positions."""
         limit = self.config.max_position_embeddings
         check_tokens(limit, input_ids, attention_mask)
-        lengths: int | Tensor | None = max_new_tokens
         if max_new_tokens is None:
             real = input_ids >= 0 if attention_mask is None else attention_mask
-            lengths = (real.sum(1) + 50).clamp(max=limit)
-        elif max_new_tokens > limit:
+            max_new_tokens = (real.sum(1) + 50).clamp(max=limit)
+        elif torch.as_tensor(max_new_tokens).max() > limit:
             raise InputError(
-                f"max_new_tokens: expected at most {limit}, the number of "
-                f"positions; got {max_new_tokens}"
+                f"max_new_tokens: expected at most {limit}, the number of positions; "
+                f"got {max_new_tokens}"
             )
         return super().generate(
-            input_ids, attention_mask, lengths, num_beams, length_penalty
+            input_ids, attention_mask, max_new_tokens, num_beams, length_penalty
         )
 
 # %% ../../nbs/sequence/04_transformer.ipynb #1688b9e8
@@ -486,7 +486,7 @@ def paper_recipe(
     )
 
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 1657,
     "hidden_size": 128,
     "num_hidden_layers": 2,
@@ -504,7 +504,7 @@ TINY_RECIPE = Recipe(
     max_grad_norm=1.0,
     label_smoothing=0.1,
 )
-BIG = {
+BIG: dict[str, Any] = {
     "hidden_size": 1024,
     "num_attention_heads": 16,
     "intermediate_size": 4096,

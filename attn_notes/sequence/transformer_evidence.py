@@ -4,12 +4,12 @@
 __all__ = ['CLDR_SETTINGS', 'RIVALS', 'COMPARISON', 'ABLATION_BASE', 'ABLATION_RECIPE', 'ABLATIONS', 'DROPOUT', 'RECIPE_CHOICES',
            'CROSSING', 'train_phrases', 'score_phrases', 'with_max_steps', 'train_rival', 'shared_phrases',
            'NarrowAttention', 'ablate', 'longer_bleu', 'train_ablation', 'train_dropout', 'train_recipe', 'time_layers',
-           'torch_pair_models', 'stack_flops', 'torch_pair', 'marian_pair_models', 'greedy_pair', 'beam_pair']
+           'torch_pair_models', 'stack_flops', 'torch_pair', 'marian_pair_models', 'generation_pair']
 
 # %% ../../nbs/sequence/04_transformer_evidence.ipynb #f2299068
 import time
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from attn_notes.sequence.transformer import (
     TORCH_FORMAT,
     Transformer,
     TransformerConfig,
+    marian_config,
 )
 from ..training.experiments import experiment
 from ..training.loop import History, train
@@ -55,7 +56,7 @@ CLDR_SETTINGS = [
 
 def train_phrases(
     language: str, holdout: str, seed: int = 0, steps: int = TINY_RECIPE.max_steps
-) -> tuple[Transformer, TranslationTask, History]:
+) -> tuple[nn.Module, TranslationTask, History]:
     "The tiny Transformer trained on CLDR phrases, with its task and history."
     task = create_task(
         "translation", f"cldr-en-{language}", holdout=holdout, shared_vocabulary=True
@@ -112,9 +113,13 @@ def train_rival(seed: int, name: str, steps: int, regularization: float) -> dict
             "translation", "cldr-en-fr", holdout=holdout, shared_vocabulary=shared
         )
         torch.manual_seed(seed)
-        sizes = {**info.tiny, **task.overrides(), "dropout": regularization}
+        sizes: dict[str, Any] = {
+            **info.tiny,
+            **task.overrides(),
+            "dropout": regularization,
+        }
         model = create_model(name, **sizes)
-        change = {"label_smoothing": regularization, "seed": seed}
+        change: dict[str, Any] = {"label_smoothing": regularization, "seed": seed}
         recipe = with_max_steps(info.recipes["tiny"], steps, **change)
         begun = time.process_time()
         train(model, task, recipe, progress=False)
@@ -140,7 +145,7 @@ def shared_phrases(max_phrases: int = 3) -> TranslationTask:
     return TranslationTask(*vocabularies, pairs, shared_vocabulary=True)
 
 
-ABLATION_BASE = {
+ABLATION_BASE: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -193,7 +198,9 @@ def ablate(
             if isinstance(module, MultiHeadAttention):
                 module.attention = NarrowAttention(key_size)
     if position_size is not None:
-        model.embedding.positions.weight.mul_(position_size / 0.5**0.5)
+        model.embedding.positions.weight.mul_(  # ty: ignore[not-callable]
+            position_size / 0.5**0.5
+        )
     return model
 
 # %% ../../nbs/sequence/04_transformer_evidence.ipynb #b60723cb
@@ -252,7 +259,11 @@ def train_dropout(seed: int, dropout: float, pairs: int) -> dict:
     vocabularies = whole.source_vocab, whole.target_vocab
     task = TranslationTask(*vocabularies, some, shared_vocabulary=True)
     torch.manual_seed(seed)
-    sizes = {**ABLATION_BASE, **task.overrides(), "dropout": dropout}
+    sizes: dict[str, Any] = {
+        **ABLATION_BASE,
+        **task.overrides(),
+        "dropout": dropout,
+    }
     model = Transformer(TransformerConfig(**sizes))
     train(model, task, replace(ABLATION_RECIPE, seed=seed), progress=False)
     seen = EncodedPairs.encode(some["train"][:600], *vocabularies)
@@ -280,7 +291,7 @@ def train_recipe(
     task = shared_phrases()
     recipe = replace(ABLATION_RECIPE, seed=seed, average_every=20, **change)
     torch.manual_seed(seed)
-    sizes = {
+    sizes: dict[str, Any] = {
         **ABLATION_BASE,
         **task.overrides(),
         "norm_first": norm_first,
@@ -318,9 +329,8 @@ def torch_pair_models(
     "torch's stacks and ours, with the same weights."
     torch.manual_seed(0)
     reference = nn.Transformer(d, heads, layers, layers, d_ff, 0.0, batch_first=True)
-    flags = {"final_norm": True, "attention_bias": True}
-    config = TransformerConfig(100, d, layers, heads, d_ff, 0.0, **flags)
-    ours = Transformer(config)
+    flags: Any = {"final_norm": True, "attention_bias": True}
+    ours = Transformer(TransformerConfig(100, d, layers, heads, d_ff, 0.0, **flags))
     state = TORCH_FORMAT.apply(reference.state_dict(), ours)
     ours.load_state_dict(state, strict=False)
     return reference, ours
@@ -341,12 +351,13 @@ def torch_pair(
 ) -> tuple[Work, Work, int]:
     """Both stacks on vectors (b n d), forward in evaluation mode or forward and
     backward in training mode; sentences of n/2 to n tokens if padded."""
-    reference, ours = (model.train(training) for model in torch_pair_models())
+    reference, ours = torch_pair_models()
+    reference.train(training), ours.train(training)
     x, y = torch.randn(2, b, n, ours.config.hidden_size)
     mask = lengths_mask(torch.linspace(n // 2, n, b).long(), n) if padded else None
     hidden = None if mask is None else ~mask
     causal = nn.Transformer.generate_square_subsequent_mask(n)
-    options = {"tgt_mask": causal, "tgt_is_causal": True}
+    options: dict[str, Any] = {"tgt_mask": causal, "tgt_is_causal": True}
     options |= {"src_key_padding_mask": hidden, "memory_key_padding_mask": hidden}
 
     def run_ours() -> Tensor:
@@ -385,8 +396,8 @@ def marian_pair_models(
     torch.manual_seed(0)
     each = {"layers": layers, "attention_heads": heads, "ffn_dim": d_ff}
     sides = ("encoder", "decoder")
-    sizes = {f"{side}_{k}": size for side in sides for k, size in each.items()}
-    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes: Any = {f"{side}_{k}": size for side in sides for k, size in each.items()}
+    ids: Any = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
     config = MarianConfig(
         vocab_size=vocab_size,
         d_model=d,
@@ -400,21 +411,20 @@ def marian_pair_models(
         **sizes,
     )
     reference = MarianMTModel(config).eval()
-    ours = Transformer(TransformerConfig(**MARIAN_FORMAT.config(config.to_dict())))
+    ours = Transformer(TransformerConfig(**marian_config(config.to_dict())))
     kept = MARIAN_FORMAT.apply(reference.state_dict(), ours)
     ours.load_state_dict(kept)
     return reference, ours.eval()
 
 
-@benchmark_pair("Transformer generation, greedy vs transformers' Marian")
-def greedy_pair(
+def generation_pair(
     num_beams: int = 1, b: int = 8, n: int = 24, m: int = 40, layers: int = 6
 ) -> tuple[Work, Work, int]:
     """Both generate m tokens for b sources of n tokens; with these weights, no
     translation ends by itself."""
     reference, ours = marian_pair_models(layers=layers)
     source = torch.randint(3, ours.config.vocab_size, (b, n))
-    options = {"max_new_tokens": m, "num_beams": num_beams}
+    options: Any = {"max_new_tokens": m, "num_beams": num_beams}
 
     def run_reference() -> Tensor:
         return reference.generate(
@@ -427,7 +437,7 @@ def greedy_pair(
     return lambda: ours.generate(source, **options), run_reference, flops
 
 
-@benchmark_pair("Transformer generation, 4 beams vs transformers' Marian")
-def beam_pair() -> tuple[Work, Work, int]:
-    "The same with a beam of 4."
-    return greedy_pair(num_beams=4)
+for num_beams, title in ((1, "greedy"), (4, "4 beams")):
+    benchmark_pair(f"Transformer generation, {title} vs transformers' Marian")(
+        partial(generation_pair, num_beams)
+    )
