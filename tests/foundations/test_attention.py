@@ -268,6 +268,18 @@ def test_multi_head_equals_torch(bias, training, case):
     assert all((a - b).abs().max() < 1e-10 for a, b in pairs)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_begins_with_the_weights_that_torch_begins_with(bias):
+    "The same draws in the same order, so the same seed gives the same model."
+    states = []
+    for make in (MultiHeadAttention, nn.MultiheadAttention):
+        torch.manual_seed(0)
+        states.append(make(12, 3, bias=bias).state_dict())
+    ours, theirs = states
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_a_key_that_is_the_query_is_self_attention():
     module = MultiHeadAttention(8, 2).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64)
@@ -480,9 +492,9 @@ def test_nested_records():
         assert list(outer) == ["attention.attention"]
         with record_attention(other) as apart:
             other(x)
-            model(x)
+            model(torch.randn(1, 5, 8))
         assert list(apart) == ["attention"] and apart["attention"].shape[1] == 4
-        assert outer["attention.attention"].shape == (1, 2, 2, 2)
+        assert outer["attention.attention"].shape == (1, 2, 5, 5)
 
 
 def test_a_model_inside_another_has_calls_of_its_own():
