@@ -670,10 +670,25 @@ def test_attention_without_weights():
 @pytest.mark.no_shapes
 def test_record_of_changing_batches_is_refused():
     model = StepByStep(grows=False)
-    with pytest.raises(InputError, match=r"^record_attention: .*\(1, 2\) and \(2, 2\)"):
+    with pytest.raises(InputError, match=r"^record_attention: .*\(2, 2\) and \(3, 2\)"):
         with record_attention(model):
-            model.attention(torch.randn(1, 2, 8))
             model.attention(torch.randn(2, 2, 8))
+            model.attention(torch.randn(3, 2, 8))
+
+
+def test_record_of_a_beam_repeats_the_step_before_it():
+    "The first step of a beam search has one row a sentence, the others one a beam."
+    model = StepByStep(grows=False)
+    first, beams = torch.randn(2, 2, 8), torch.randn(6, 2, 8)
+    with record_attention(model) as maps:
+        model.attention(first)
+        model.attention(beams)
+    weights = next(iter(maps.values()))
+    with record_attention(model) as alone:
+        model.attention(first)
+    expected = next(iter(alone.values())).repeat_interleave(3, 0)
+    assert weights.shape == (6, 2, 4, 2)
+    assert torch.equal(weights[:, :, :2], expected)
 
 
 # generation step by step: projected memory, shared by several rows, and a past
