@@ -318,6 +318,17 @@ def test_a_finished_hypothesis_is_kept():
     assert ids.tolist() == [[EOS]]
 
 
+def test_copies_of_the_prompt_take_no_place_in_the_beam():
+    """A hypothesis of 4 in 100 at the first step stays in a beam of two, and wins under
+    a length penalty that is strong enough."""
+    table = torch.full((1, V, V, V), -99.0)
+    table[:, :, BOS, 3], table[:, :, BOS, 4] = 0.0, -3.2
+    table[:, :, 3, EOS] = 0.0  # the likely token ends at once
+    table[:, :, 4, 4] = 0.0  # the other one goes on
+    found = search(table, 12, num_beams=2, length_penalty=6.0)
+    assert found.tolist() == [[4] * 12]
+
+
 def test_search_ends_early_when_nothing_can_win():
     calls = []
 
