@@ -59,7 +59,8 @@ def normalized(
     biases, and weight normalization, eq. (eq-weight-norm)."""
     inputs = layer.weight[0].numel()
     nn.init.normal_(layer.weight, std=math.sqrt(gain * (1 - dropout) / inputs))
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return weight_norm(layer)
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #500e746b
@@ -145,8 +146,8 @@ class ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #11251f10
 def gated_stack(config: ConvS2SConfig) -> nn.ModuleList:
@@ -159,6 +160,8 @@ def gated_stack(config: ConvS2SConfig) -> nn.ModuleList:
 class ConvEncoder(nn.Module):
     """Source tokens to the keys z and the values z + e of the attention,
     eqs. (eq-conv-residual) and (eq-conv-values)."""
+
+    layers: Any  # of GatedConv
 
     def __init__(self, config: ConvS2SConfig) -> None:
         super().__init__()
@@ -209,6 +212,8 @@ class DecoderAttention(nn.Module):
 class ConvDecoder(nn.Module):
     """Target tokens to logits, with an attention in every layer; sections 3.2 and
     3.3."""
+
+    layers: Any  # of GatedConv
 
     def __init__(self, config: ConvS2SConfig) -> None:
         super().__init__()
@@ -314,7 +319,7 @@ def _check_limit(max_new_tokens: int | Tensor, limit: int) -> None:
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #575900cd
 #| code-fold: true
-TINY = {
+TINY: dict[str, Any] = {
     "source_vocab_size": 1000,
     "target_vocab_size": 1000,
     "hidden_size": 96,

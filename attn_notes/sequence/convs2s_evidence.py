@@ -9,17 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data.tasks import create_task
 from ..data.translation import nearest_neighbour_translate
 from ..data.translation_task import TranslationTask, translation_scores
-from .convs2s import TINY, TINY_RECIPE, ConvS2S
+from .convs2s import TINY, TINY_RECIPE
 from ..training.experiments import experiment
 from ..training.loop import History, train
 from ..zoo.factory import create_model
 
 # %% ../../nbs/sequence/03_convs2s_evidence.ipynb #59a5b8c0
-def trained(seed: int, holdout: str) -> tuple[ConvS2S, TranslationTask, History]:
+def trained(seed: int, holdout: str) -> tuple[nn.Module, TranslationTask, History]:
     """A small model trained on CLDR en-fr with the tiny recipe, its task, and the
     history of the run."""
     task = create_task("translation", "cldr-en-fr", holdout=holdout)

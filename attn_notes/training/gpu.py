@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Row', 'TOLERANCES', 'Work', 'REFERENCES', 'CHECKS', 'BUDGET', 'LIMIT', 'AT_ONCE', 'moved', 'step', 'difference',
-           'check_equal', 'check_compiled', 'ExampleTask', 'check_resumed', 'break_off', 'gpu_reference', 'lengthened',
+           'check_equal', 'check_compiled', 'ExampleTask', 'check_resumed', 'gpu_reference', 'lengthened',
            'milliseconds', 'peak_mebibytes', 'time_works', 'works', 'time_model', 'import_references', 'check_names',
            'in_process', 'device_row', 'run_all', 'main']
 
@@ -15,9 +15,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -118,16 +118,13 @@ def check_compiled(name: str, device: str) -> Iterator[Row]:
 
 # %% ../../nbs/training/08_gpu.ipynb #6d7c852f
 class ExampleTask:
-    """Batches of a model's example inputs, and the loss that every output enters."""
+    """Batches of a model's example inputs, and a loss that every output enters; with
+    `stop_at`, Ctrl-C comes in that step."""
 
-    kind = "example"
-
-    def __init__(self, name: str, overrides: dict, batches: int = 20) -> None:
+    def __init__(self, name: str, overrides: dict, stop_at: int | None = None) -> None:
         torch.manual_seed(1)
-        self.task = model_info(name).task
-        self.examples = [
-            example_inputs(name, batch_size=4, **overrides) for _ in range(batches)
-        ]
+        self.task, self.stop_at, self.steps = model_info(name).task, stop_at, 0
+        self.examples = [example_inputs(name, 4, **overrides) for _ in range(20)]
 
     def setup(self, recipe: Any) -> None:
         """Nothing of the recipe changes this task."""
@@ -138,16 +135,26 @@ class ExampleTask:
     def batches(self, epoch: int) -> list[list[int]]:
         return [[i] for i in range(len(self.examples))]
 
-    def collate(self, examples: list[dict]) -> dict:
+    def collate(self, examples: Sequence[dict]) -> dict:
         return examples[0]
 
     def counts(self, batch: dict) -> dict[str, float]:
         return {"example": 1.0}
 
     def loss(self, model: nn.Module, batch: dict) -> dict[str, tuple[Tensor, float]]:
+        self.steps += 1
+        if self.steps == self.stop_at:
+            raise KeyboardInterrupt
         return {"example": (example_loss(self.task, model(**batch), batch), 1.0)}
 
-    def evaluate(self, model: nn.Module, *arguments: Any, **options: Any) -> dict:
+    def evaluate(
+        self,
+        model: nn.Module,
+        split: str = "valid",
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Callable[[list], list] = list,
+    ) -> dict[str, float]:
         return {}
 
 
@@ -159,15 +166,14 @@ def check_resumed(name: str, device: str) -> Iterator[Row]:
     tiny = dict(model_info(name).tiny)
     recipe = Recipe(max_steps=20, checkpoint_every=10, learning_rate=1e-3)
     runs = []
-    for broken in (False, True):
-        torch.manual_seed(0)
-        model = create_model(name, device=device, **tiny)
-        task = ExampleTask(name, tiny)
+    for breaks in ((None,), (11, None)):
         with TemporaryDirectory() as folder:
-            if broken:
-                break_off(model, task, recipe, folder)
+            for part, stop_at in enumerate(breaks):
+                torch.manual_seed(0)
                 model = create_model(name, device=device, **tiny)
-            train(model, task, recipe, folder, resume=broken, progress=False)
+                task = ExampleTask(name, tiny, stop_at)
+                with suppress(KeyboardInterrupt):
+                    train(model, task, recipe, folder, part > 0, progress=False)
         runs.append([p.detach().float().cpu() for p in model.parameters()])
     whole, resumed = runs
     yield {
@@ -177,25 +183,6 @@ def check_resumed(name: str, device: str) -> Iterator[Row]:
         "identical": all(map(torch.equal, resumed, whole)),
         "passed": difference(resumed, whole) < 1e-4,
     }
-
-
-def break_off(model: nn.Module, task: ExampleTask, recipe: Any, folder: str) -> None:
-    """The first ten steps of a run, ended as if by Ctrl-C in the eleventh."""
-    from attn_notes.training.loop import train
-
-    calls, loss = [], task.loss
-
-    def interrupted(model: nn.Module, batch: dict) -> dict:
-        calls.append(batch)
-        if len(calls) == 11:
-            raise KeyboardInterrupt
-        return loss(model, batch)
-
-    task.loss = interrupted  # ty: ignore[invalid-assignment]
-    try:
-        train(model, task, recipe, folder, progress=False)
-    except KeyboardInterrupt:
-        task.loss = loss  # ty: ignore[invalid-assignment]
 
 # %% ../../nbs/training/08_gpu.ipynb #574f1f84
 Work = Callable[[], object]
@@ -287,7 +274,8 @@ def works(name: str, model: nn.Module, inputs: dict) -> dict[str, Work]:
     found: dict[str, Work] = {"forward": forward, "forward and backward": backward}
     if hasattr(model, "generate"):
         mask = {k: v for k, v in inputs.items() if k == "attention_mask"}
-        found["generation"] = lambda: model.generate(inputs[first], **mask, **mine)
+        generate: Any = model.generate
+        found["generation"] = lambda: generate(inputs[first], **mask, **mine)
     return found
 
 
@@ -427,6 +415,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 # %% ../../nbs/training/08_gpu.ipynb #518e97a5
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no __file__
-    from attn_notes.training.gpu import main as _main  # not the copy that -m makes
-
-    sys.exit(_main())
+    sys.exit(import_module("attn_notes.training.gpu").main())  # not -m's own copy
