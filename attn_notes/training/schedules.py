@@ -25,14 +25,16 @@ def constant(warmup_steps: int = 0) -> Schedule:
 
 # %% ../../nbs/training/02_schedules.ipynb #cebb4c47
 def inverse_square_root(d_model: int, warmup_steps: int) -> Schedule:
-    """The Transformer's schedule (Vaswani et al. 2017, equation 3); the recipe's learning rate is then 1."""
+    """The Transformer's schedule, eq. (eq-inverse-square-root) (Vaswani et al. 2017,
+    equation 3); the recipe's learning rate is then 1."""
     _check(d_model >= 1, "d_model of at least 1", d_model)
     _check(warmup_steps >= 1, "warmup_steps of at least 1", warmup_steps)
     return lambda step: d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5)
 
 # %% ../../nbs/training/02_schedules.ipynb #d7552754
 def cosine(max_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> Schedule:
-    """Half a cosine from 1 to `floor` at `max_steps`, after a linear rise over `warmup_steps`; `floor` from there on."""
+    """Half a cosine from 1 to `floor` at `max_steps`, eq. (eq-cosine), after a linear
+    rise over `warmup_steps`; `floor` from there on."""
     _check(
         0 <= warmup_steps < max_steps,
         f"warmup_steps from 0 to max_steps - 1 = {max_steps - 1}",
@@ -52,7 +54,8 @@ def cosine(max_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> Schedul
 def step_decay(
     milestones: Sequence[int], decay: float = 0.1, warmup_steps: int = 0
 ) -> Schedule:
-    """1, times `decay` for every milestone that has passed, after a linear rise over `warmup_steps`."""
+    """1, times `decay` for every milestone that has passed, after a linear rise over
+    `warmup_steps`."""
     _check(
         len(milestones) > 0 and list(milestones) == sorted(milestones),
         "milestones in rising order",
@@ -66,13 +69,13 @@ def step_decay(
 
 # %% ../../nbs/training/02_schedules.ipynb #226d426e
 def seq2seq_halving(steps_per_epoch: int, fixed_epochs: int = 5) -> Schedule:
-    """1 for `fixed_epochs` epochs, then halved every half epoch (Sutskever et al. 2014, section 3.4)."""
+    """1 for `fixed_epochs` epochs, then halved every half epoch, eq. (eq-halving)
+    (Sutskever et al. 2014, section 3.4)."""
     _check(steps_per_epoch >= 1, "steps_per_epoch of at least 1", steps_per_epoch)
 
     def factor(step: int) -> float:
-        halves = (
-            2 * (step - 1) / steps_per_epoch - 2 * fixed_epochs
-        )  # half epochs done since the fixed ones
+        # half epochs done since the fixed ones
+        halves = 2 * (step - 1) / steps_per_epoch - 2 * fixed_epochs
         return 1.0 if halves < 0 else 0.5 ** (math.floor(halves) + 1)
 
     return factor

@@ -166,10 +166,13 @@ def test_processes_alone_and_together(monkeypatch):
 
 
 def test_only_the_first_process_writes(tmp_path):
+    finished = []
+
     def accelerator(first):
+        tracker = SimpleNamespace(finish=lambda: finished.append(first))
         return SimpleNamespace(
             is_main_process=first,
-            trackers=[],
+            trackers=[tracker],
             log=lambda *_, **__: None,
             init_trackers=lambda *_, **__: None,
         )
@@ -185,6 +188,7 @@ def test_only_the_first_process_writes(tmp_path):
     first.write({"step": 1})
     first.save({"step": 1})
     first.close()
+    assert finished == [False, True] and first.metrics.closed
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert second.open(state["metrics"], 2) == [{"step": 1}]
     nowhere = RunFiles(None, accelerator(True))
