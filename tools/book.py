@@ -115,9 +115,9 @@ def read_notebook(path: Path, nbs: Path) -> Notebook:
                 if len(level) == 1 and not title:
                     title = heading
                     rest = source.split(heading, 1)[1].strip()
-                    summary = (
-                        re.split(r"\n\s*\n", rest)[0].replace("\n", " ") if rest else ""
-                    )
+                    first = re.split(r"\n\s*\n", rest)[0].replace("\n", " ")
+                    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", first)
+                    summary = plain.removeprefix("> ")
                 section = heading
         module = directives.get("default_exp", module)
         cells.append(
