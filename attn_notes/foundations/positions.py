@@ -53,7 +53,7 @@ class SinusoidalPositions(nn.Module):
         rows outside it."""
         return _rows(self.weight, n, offset)
 
-# %% ../../nbs/foundations/03_positions.ipynb #e6989b4d
+# %% ../../nbs/foundations/03_positions.ipynb #6989b4db
 class LearnedPositions(nn.Module):
     """One learned vector for each of `max_position_embeddings` positions; begins normal
     with a standard deviation of `std`."""
@@ -83,7 +83,7 @@ def _rows(table: Tensor, n: int, offset: int) -> Tensor:
         )
     return table[offset : offset + n]
 
-# %% ../../nbs/foundations/03_positions.ipynb #159918c6
+# %% ../../nbs/foundations/03_positions.ipynb #59918c6a
 class TokenPositionEmbedding(nn.Module):
     """The embeddings of tokens times `scale`, plus the vectors of their positions, then
     dropout; and, with the same table of tokens, logits.
