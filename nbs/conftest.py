@@ -1,6 +1,8 @@
-"""How `pytest nbs --nbval` re-runs the notebooks and compares what they show with what is stored.
+"""How `pytest nbs --nbval` re-runs the notebooks and compares what they show with what
+is stored.
 
-Text is compared exactly. nbval needs these corrections to do so with notebooks that nbdev keeps clean:
+Text is compared exactly. nbval needs these corrections to do so with notebooks that
+nbdev keeps clean:
 
 - cleaning drops the execution counts, without which nbval compares nothing;
 - `#| eval: false` cells are not run;
