@@ -131,6 +131,7 @@ def test_more_causal_queries_than_keys():
     with pytest.raises(InputError, match="got 3 keys and 4 queries$"):
         merge_masks(None, True, 4, 3)
     assert merge_masks(None, False, 4, 3) is None
+    assert merge_masks(None, True, 1, 3) is None  # the last position may see all
 
 
 @pytest.mark.no_shapes
