@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['Row', 'TOLERANCES', 'Work', 'REFERENCES', 'CHECKS', 'BUDGET', 'LIMIT', 'AT_ONCE', 'moved', 'step', 'difference',
-           'check_equal', 'check_compiled', 'ExampleTask', 'check_resumed', 'gpu_reference', 'lengthened',
-           'milliseconds', 'peak_mebibytes', 'time_works', 'works', 'time_model', 'import_references', 'check_names',
-           'in_process', 'device_row', 'run_all', 'main']
+           'check_equal', 'check_compiled', 'check_hidden_rows', 'ExampleTask', 'check_resumed', 'gpu_reference',
+           'lengthened', 'milliseconds', 'peak_mebibytes', 'time_works', 'works', 'time_model', 'import_references',
+           'check_names', 'in_process', 'device_row', 'run_all', 'main']
 
 # %% ../../nbs/training/08_gpu.ipynb #053e3a8f
 import argparse
@@ -28,6 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from attn_notes.foundations.attention import (
+    ScaledDotProductAttention,
+    record_attention,
+)
 from .experiments import artifacts_folder
 from ..zoo.devices import example_loss
 from ..zoo.factory import create_model, example_inputs
@@ -115,6 +119,33 @@ def check_compiled(name: str, device: str) -> Iterator[Row]:
         "seconds": round(time.perf_counter() - begun, 1),
         "passed": max(forward, backward) < TOLERANCES[torch.float32],
     }
+
+# %% ../../nbs/training/08_gpu.ipynb #8eec6517
+def check_hidden_rows(name: str, device: str) -> Iterator[Row]:
+    """The largest output and gradient of queries that may see no key."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        attention = ScaledDotProductAttention()
+        mask = torch.ones(2, 1, 24, 32, dtype=torch.bool, device=device)
+        mask[:, :, ::3] = False
+        for title in ("mask", "mask and bias", "recorded"):
+            q = torch.randn(2, 4, 24, 64, device=device, dtype=dtype)
+            k, v = torch.randn(2, 2, 4, 32, 64, device=device, dtype=dtype)
+            q.requires_grad_()
+            bias = torch.randn(4, 24, 32, device=device, dtype=dtype)[None]
+            recorded = record_attention(attention) if title == "recorded" else None
+            with recorded or nullcontext():
+                output = attention(q, k, v, mask, bias if "bias" in title else None)
+            (gradient,) = torch.autograd.grad(output.sum(), q)
+            both = torch.stack([output.detach(), gradient])
+            hidden, seen = both[..., ::3, :], both[..., 1::3, :]
+            yield {
+                "kind": "hidden",
+                "name": f"attention with {title}",
+                "dtype": str(dtype).removeprefix("torch."),
+                "largest": hidden.abs().max().item(),
+                "passed": bool((hidden == 0).all() and seen.isfinite().all()),
+            }
 
 # %% ../../nbs/training/08_gpu.ipynb #6d7c852f
 class ExampleTask:
@@ -303,7 +334,12 @@ def time_model(name: str, device: str, seconds: float = 4.0) -> Iterator[Row]:
             }
 
 # %% ../../nbs/training/08_gpu.ipynb #0cda6ba4
-CHECKS = {"equal": check_equal, "compile": check_compiled, "resume": check_resumed}
+CHECKS = {
+    "equal": check_equal,
+    "compile": check_compiled,
+    "resume": check_resumed,
+    "hidden": check_hidden_rows,
+}
 BUDGET, LIMIT, AT_ONCE = 480, 120, 4  # seconds in all, for one model; processes
 
 
@@ -325,6 +361,8 @@ def check_names(kind: str) -> list[str]:
         "compile": lambda name: model_info(name).model,
         "time": lambda name: model_info(name).chapter,
     }
+    if kind == "hidden":
+        return ["attention"]
     names = list_models()
     if kind == "time":
         names = [name for name in names if "paper" in model_info(name).recipes] or names
