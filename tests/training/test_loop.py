@@ -476,6 +476,9 @@ def test_stopping_after_some_steps():
         ended.append(True)
     assert first == losses and not ended
     assert len(run(SHORT)[1]) == 6  # outside the block training is as ever
+    with stopping_after(2) as first:
+        pass
+    assert len(run(SHORT)[1]) == 6 and first == []
     with recording_losses(4) as first:
         run(RECIPE, dropout=0.2)
         run(SHORT)  # the second run is not looked at

@@ -134,6 +134,7 @@ def test_examples_draw_by_seed_epoch_place_and_process():
 
 def test_processes_alone_and_together(monkeypatch):
     alone = Processes()
+    assert (alone.rank, alone.world_size, alone.group) == (0, 1, None)
     assert alone.total([1, 2.5]) == [1, 2.5] and alone.gather([3]) == [3]
     alone.close()
     d, done = torch.distributed, []
