@@ -544,7 +544,7 @@ def paired_interval(
     return float(mean), float(mean - half), float(mean + half)
 
 # %% ../../nbs/training/07_experiments.ipynb #6ec3bdb2
-VERDICTS = ("contradicted", "not seen at this scale", "confirmed")
+VERDICTS = ("opposite at this scale", "not seen at this scale", "confirmed")
 
 
 def verdict(
@@ -566,7 +566,7 @@ def verdict(
     }[expected]
     if not for_it and not against:
         return "not seen at this scale"
-    return "confirmed" if for_it else "contradicted"
+    return "confirmed" if for_it else "opposite at this scale"
 
 
 def least_favourable(*verdicts: str) -> str:

@@ -456,8 +456,8 @@ def test_paired_interval_equals_scipy(pairs, confidence):
 def test_data_that_say_the_opposite_flip_the_verdict(pairs, margin):
     a, b = map(list, zip(*pairs, strict=True))
     flip = {
-        "confirmed": "contradicted",
-        "contradicted": "confirmed",
+        "confirmed": "opposite at this scale",
+        "opposite at this scale": "confirmed",
         "not seen at this scale": "not seen at this scale",
     }
     interval, opposite = paired_interval(a, b)[1:], paired_interval(b, a)[1:]
@@ -478,14 +478,14 @@ def test_data_that_say_the_opposite_flip_the_verdict(pairs, margin):
         (0.1, 0.5, 0.1, "greater", "not seen at this scale"),
         (0.11, 0.5, 0.1, "greater", "confirmed"),
         (-0.1, 0.5, 0, "greater", "not seen at this scale"),
-        (-0.5, -0.1, 0, "greater", "contradicted"),
+        (-0.5, -0.1, 0, "greater", "opposite at this scale"),
         (-0.5, -0.1, 0.2, "greater", "not seen at this scale"),
         (-0.5, -0.1, 0, "less", "confirmed"),
-        (0.1, 0.5, 0, "less", "contradicted"),
+        (0.1, 0.5, 0, "less", "opposite at this scale"),
         (0, 0, 0, "greater", "not seen at this scale"),
         (-0.1, 0.1, 0.2, "equal", "confirmed"),
         (-0.1, 0.3, 0.2, "equal", "not seen at this scale"),
-        (0.3, 0.4, 0.2, "equal", "contradicted"),
+        (0.3, 0.4, 0.2, "equal", "opposite at this scale"),
     ],
 )
 def test_verdicts(low, high, margin, expected, said):
@@ -498,8 +498,10 @@ def test_least_favourable():
         == "not seen at this scale"
     )
     assert (
-        least_favourable("confirmed", "contradicted", "not seen at this scale")
-        == "contradicted"
+        least_favourable(
+            "confirmed", "opposite at this scale", "not seen at this scale"
+        )
+        == "opposite at this scale"
         and least_favourable("confirmed") == "confirmed"
     )
 
