@@ -280,7 +280,7 @@ def score_phrases(
         "curve": [row["loss"] for row in history[::25]],
     }
 
-# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #fcc5f4ea
+# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #efcc5f4e
 SPACE_SIGN = "␣"
 
 
@@ -342,7 +342,7 @@ def train_unit(seed: int, name: str, unit: str, steps: int = 500) -> dict:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
-# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #422fcd5f
+# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #5ec0d0e0
 class TorchSeq2Seq(nn.Module):
     """The reference: two torch.nn.LSTM on the weights of a Seq2SeqLSTM."""
 
