@@ -310,7 +310,7 @@ def unit_phrases(unit: str) -> TranslationTask:
         }
     return task_of(pairs)
 
-
+# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #15edf486
 UNIT_SETTINGS = [
     {"name": name, "unit": unit}
     for name in ("reversed", "attention")
