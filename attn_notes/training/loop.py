@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import deepcopy
@@ -80,7 +80,8 @@ class Processes:
     that no accelerator waits."""
 
     def __init__(self, rank: int = 0, world_size: int = 1):
-        self.rank, self.world_size, self.group = rank, world_size, None
+        self.rank, self.world_size = rank, world_size
+        self.group: Any = None
         if world_size > 1 and "gloo" not in torch.distributed.get_backend():
             self.group = torch.distributed.new_group(backend="gloo")
 
@@ -96,7 +97,7 @@ class Processes:
         """The lists of all processes in one, in the order of the processes."""
         if self.world_size == 1:
             return list(items)
-        lists = [None] * self.world_size
+        lists: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(lists, list(items), group=self.group)
         return [item for part in lists for item in part]
 
@@ -154,8 +155,8 @@ class _Shares(Dataset):
         self.task, self.examples = task, task.dataset("train")
         self.seed, self.rank, self.world_size = seed, rank, world_size
 
-    def __getitem__(self, item: tuple[int, int, Any]) -> Share:
-        epoch, position, rows = item
+    def __getitem__(self, index: tuple[int, int, Any]) -> Share:
+        epoch, position, rows = index
         mine = rows[self.rank :: self.world_size]
         empty = len(mine) == 0
         with _seeded(self.seed, epoch, position, self.rank):
@@ -166,7 +167,7 @@ class _Shares(Dataset):
         return Share((epoch, position), batch, counts, empty)
 
 # %% ../../nbs/training/06_loop.ipynb #ece68ac4
-def _same(share: Share) -> Share:
+def _same(share: Any) -> Any:
     return share
 
 
@@ -203,7 +204,7 @@ class BatchStream:
                 yield epoch, i, batches[i]
             epoch, position = epoch + 1, 0
 
-    def open(self, pin_memory: bool = False) -> Iterator[Share]:
+    def open(self, pin_memory: bool = False) -> Generator[Share, None, None]:
         """The shares, each checked as it comes in; the place goes along."""
         loader = DataLoader(
             self.shares,
@@ -248,7 +249,7 @@ def term_scales(
 
 
 def mean_loss(
-    terms: dict[str, tuple[Tensor, float]], scales: dict[str, float], empty: bool
+    terms: Mapping[str, tuple[Tensor, float]], scales: dict[str, float], empty: bool
 ) -> tuple[Tensor, Tensor]:
     """The part of the step's loss in one share, and its values: loss, then the terms.
 
@@ -499,6 +500,8 @@ class Run:
         self.learner = Learner(model, task, recipe, self.accelerator)
         config = getattr(model, "config", None)
         self.stream = BatchStream(task, recipe, self.processes, config)
+        on_gpu = self.accelerator.device.type == "cuda"
+        self.shares = self.stream.open(pin_memory=on_gpu)  # begins when first asked
         self.files = RunFiles(folder, self.accelerator)
         self.history, self.pending, self.begun = History(), [], time.perf_counter()
         self.flush_every = flush_every(self.accelerator.device)
@@ -599,7 +602,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 @contextmanager
 def _opened(run: Run, state: dict[str, Any] | None) -> Iterator[None]:
     """The run, restored, with its files and stream open; closed again at the end."""
-    model, device = run.learner.unwrapped_model, run.accelerator.device
+    model = run.learner.unwrapped_model
     try:
         if state:
             restore(run, state)
@@ -607,7 +610,6 @@ def _opened(run: Run, state: dict[str, Any] | None) -> Iterator[None]:
         next_step = row["step"] if row else run.learner.step + 1
         length = state["metrics"] if state else 0
         run.history.extend(run.files.open(length, next_step))
-        run.shares = run.stream.open(pin_memory=device.type == "cuda")
         run.learner.model.train()
         if state and state["row"]:  # the step that was still to be evaluated
             finish(run, state["row"])
@@ -616,8 +618,7 @@ def _opened(run: Run, state: dict[str, Any] | None) -> Iterator[None]:
             model.load_state_dict(run.learner.average.module.state_dict())
     finally:
         run.files.close()
-        if hasattr(run, "shares"):
-            run.shares.close()  # ends its workers
+        run.shares.close()  # ends its workers
         run.processes.close()
         for name in ("forward", "_original_forward"):  # what autocast needed
             vars(model).pop(name, None)
