@@ -49,6 +49,7 @@ from ..zoo.formats import CheckpointFormat, StateDict, concat, rename
 from ..zoo.registry import register_models
 
 # %% ../../nbs/sequence/04_transformer.ipynb #80ad080f
+#| code-fold: true
 ACTIVATIONS = {"relu": nn.ReLU, "swish": nn.SiLU, "gelu": nn.GELU}
 POSITIONS = ("sinusoidal", "sinusoidal_halves", "learned")
 
@@ -95,7 +96,8 @@ class TransformerConfig:
     def target_vocab_size(self) -> int:
         return self.vocab_size
 
-# %% ../../nbs/sequence/04_transformer.ipynb #5b0e811f
+# %% ../../nbs/sequence/04_transformer.ipynb #cdb3d43b
+#| code-fold: true
 class TransformerEmbedding(TokenPositionEmbedding):
     """Token and position embeddings, and the logits from the same matrix, eq.
     (eq-trf-embed). Learned positions start at the size of the sinusoids."""
@@ -122,6 +124,7 @@ class TransformerEmbedding(TokenPositionEmbedding):
         return F.linear(x, self.tokens.weight, self.logits_bias)
 
 # %% ../../nbs/sequence/04_transformer.ipynb #cabc59e9
+#| code-fold: true
 class DecoderBlock(nn.Module):
     """What a decoder block of either kind is made of: masked self-attention,
     cross-attention and feed-forward, with a norm and dropout for each (section 3.1)."""
@@ -143,7 +146,7 @@ class DecoderBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-# %% ../../nbs/sequence/04_transformer.ipynb #e016aa4c
+# %% ../../nbs/sequence/04_transformer.ipynb #96269dcc
 class PostNormDecoderBlock(DecoderBlock):
     """Every sub-layer with its residual connection, and the norm behind the sum, eq.
     (eq-trf-sublayer)."""
@@ -173,7 +176,7 @@ class PostNormDecoderBlock(DecoderBlock):
         x = self.norm2(x + self.dropout(self.cross_attention(x, cache=memory)))
         return self.norm3(x + self.dropout(self.feed_forward(x))), past
 
-# %% ../../nbs/sequence/04_transformer.ipynb #b800318c
+# %% ../../nbs/sequence/04_transformer.ipynb #eb6128e3
 #| code-fold: true
 class PreNormDecoderBlock(DecoderBlock):
     """Every sub-layer with its residual connection, and the norm at the head of the
@@ -246,7 +249,8 @@ def check_tokens(
             f"{name}: expected as many rows as input_ids has, {rows}; got {len(ids)}"
         )
 
-# %% ../../nbs/sequence/04_transformer.ipynb #fe6e989d
+# %% ../../nbs/sequence/04_transformer.ipynb #10219328
+#| code-fold: true
 State = dict[
     str, tuple
 ]  # "memory": CrossAttentionCache, "past": KeyValueCache, a layer
@@ -365,9 +369,6 @@ TORCH_FORMAT = CheckpointFormat(
     convert=lambda state, model: rename(state, TORCH_NAMES),
     absent=("embedding.*",),
 )
-
-# %% ../../nbs/sequence/04_transformer.ipynb #2d47f0d3
-#| code-fold: true
 MARIAN_NAMES = (
     (r"^model\.shared\.", "embedding.tokens."),
     (r"^model\.", ""),
@@ -425,7 +426,7 @@ MARIAN_FORMAT = CheckpointFormat(
     ignore=("*.embed_tokens.weight", "*.embed_positions.weight", "lm_head.weight"),
 )
 
-# %% ../../nbs/sequence/04_transformer.ipynb #07b626ca
+# %% ../../nbs/sequence/04_transformer.ipynb #3c32e328
 #| code-fold: true
 class MarianVocabulary:
     """One side of a Marian folder: the pieces of `source.spm` or `target.spm`, with the
@@ -511,8 +512,6 @@ BIG: dict[str, Any] = {
     "dropout": 0.3,
 }
 
-# %% ../../nbs/sequence/04_transformer.ipynb #8a4d0ebe
-#| code-fold: true
 register_models(
     Transformer,
     {
