@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from ..foundations.checks import CheckpointError, ConfigError
 
 # %% ../../nbs/training/05_checkpoints.ipynb #306e6a0d
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path) -> Generator[BinaryIO, None, None]:
     """A binary file to write to, which becomes `path` when the block ends well, and is
     removed when it does not."""
     path = Path(path)
@@ -76,7 +76,7 @@ def writable_folder(path: str | Path) -> Path:
 
 # %% ../../nbs/training/05_checkpoints.ipynb #4c0f66e5
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
+def interruptible() -> Generator[list[int], None, None]:
     """A list that fills when Ctrl-C comes, while the work goes on; the second Ctrl-C
     acts as ever."""
     came: list[int] = []

@@ -19,7 +19,7 @@ import pkgutil
 import platform
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -98,8 +98,9 @@ class _Names(ast.NodeTransformer):
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
-        bare = ast.Assign([node.target], node.value)
-        return self.generic_visit(bare) if node.value else None
+        if node.value is None:
+            return None
+        return self.generic_visit(ast.Assign([node.target], node.value))
 
     def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
         node.name = self.locals.get(node.name)
@@ -198,7 +199,8 @@ class _Source:
         tree = _tree(function)
         if tree is None:
             return "no source"  # what dataclass makes, a lambda in a table
-        scope = function.__globals__ | inspect.getclosurevars(function).nonlocals
+        closed = inspect.getclosurevars(function).nonlocals
+        scope = {**function.__globals__, **closed}
         names = _Names(tree, lambda n: self.name(n, scope[n]) if n in scope else n)
         return _dump(names.visit(tree))
 
@@ -258,7 +260,7 @@ def first_losses(history: History, steps: int = STEPS) -> list[float]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> Generator[None, None, None]:
     """The same numbers, however many cores the machine has."""
     import torch
 
@@ -472,10 +474,11 @@ def _again(experiment: Experiment, row: dict, steps: int) -> tuple[Any, Any]:
     with _one_thread():
         now = json.loads(json.dumps(function(**arguments)))
     timings = experiment.timings
-    return tuple(
+    then, now = (
         {k: v for k, v in metrics.items() if k not in timings}
         for metrics in (row["metrics"], now)
     )
+    return then, now
 
 
 def _difference(name: str, row: dict, stored: Any, now: Any) -> str:
@@ -644,6 +647,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # %% ../../nbs/training/07_experiments.ipynb #7d08821a
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no __file__
     # not the copy that `python -m` makes of this module
-    from attn_notes.training.experiments import main as _main
-
-    _main()
+    importlib.import_module("attn_notes.training.experiments").main()

@@ -108,7 +108,7 @@ class Processes:
 
 # %% ../../nbs/training/06_loop.ipynb #07c1a742
 @contextmanager
-def _seeded(*numbers: int) -> Iterator[None]:
+def _seeded(*numbers: int) -> Generator[None, None, None]:
     """Random numbers of the CPU (torch, numpy, Python) that depend on these numbers
     alone; afterwards the generators go on as if nothing had been drawn."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -261,7 +261,8 @@ def mean_loss(
             f"got the loss of {sorted(terms)}"
         )
     means = [terms[name][0] * (0.0 if empty else by) for name, by in scales.items()]
-    loss = sum(terms[name][1] * mean for name, mean in zip(scales, means, strict=True))
+    weighted = [terms[n][1] * mean for n, mean in zip(scales, means, strict=True)]
+    loss = torch.stack(weighted).sum()
     return loss, torch.stack([loss, *means]).detach()
 
 # %% ../../nbs/training/06_loop.ipynb #5cd8f3da
@@ -278,10 +279,11 @@ class WeightAverage:
         share = 1 / (self.count + 1)
         if self.decay is not None and self.count:
             share = 1 - self.decay
-        pairs = (list(m.parameters()) for m in (self.module, model))
-        torch._foreach_lerp_(*pairs, share)
-        for mine, new in zip(self.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(new)
+        mean: list[Tensor] = [*self.module.parameters()]
+        new: list[Tensor] = [*model.parameters()]
+        torch._foreach_lerp_(mean, new, share)
+        for mine, other in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(other)
         self.count += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -309,7 +311,7 @@ class Learner:
 
     def update(self, shares: Sequence[Share], processes: Processes) -> Tensor:
         """One step, over all batches and processes. This process's loss and terms."""
-        scales, values = term_scales(shares, processes, self.step + 1), 0.0
+        scales, values = term_scales(shares, processes, self.step + 1), []
         for i, share in enumerate(shares, start=1):
             synchronized = i == len(shares)
             with (
@@ -320,7 +322,7 @@ class Learner:
                 loss, part = mean_loss(terms, scales, share.empty)
                 # several processes average their gradients; wanted is the sum
                 self.accelerator.backward(loss * processes.world_size)
-            values = values + part
+            values.append(part)
         if self.recipe.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(
                 self.unwrapped_model.parameters(), self.recipe.max_grad_norm
@@ -333,7 +335,7 @@ class Learner:
         self.optimizer.zero_grad()
         if self.average is not None and self.recipe.averages(self.step):
             self.average.update(self.unwrapped_model)
-        return values
+        return torch.stack(values).sum(0)
 
     def parts(self) -> dict[str, Any]:
         """What has a state dictionary."""
@@ -428,7 +430,7 @@ class RunFiles:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint, after the rows that it refers to."""
-        if self.metrics:
+        if self.metrics and self.folder:
             self.metrics.flush()
             os.fsync(self.metrics.fileno())
             state = {**state, "metrics": self.metrics.tell()}
@@ -466,7 +468,9 @@ _WATCH: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 
 
 @contextmanager
-def recording_losses(steps: int, stop: bool = False) -> Iterator[list[float]]:
+def recording_losses(
+    steps: int, stop: bool = False
+) -> Generator[list[float], None, None]:
     """A list of the losses of the first steps of the first `train` in the block; with
     `stop`, the block ends there."""
     watch = _Watch(steps, stop)
@@ -600,7 +604,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 
 # %% ../../nbs/training/06_loop.ipynb #e6c76dd8
 @contextmanager
-def _opened(run: Run, state: dict[str, Any] | None) -> Iterator[None]:
+def _opened(run: Run, state: dict[str, Any] | None) -> Generator[None, None, None]:
     """The run, restored, with its files and stream open; closed again at the end."""
     model = run.learner.unwrapped_model
     try:
