@@ -96,7 +96,7 @@ class TransformerConfig:
     def target_vocab_size(self) -> int:
         return self.vocab_size
 
-# %% ../../nbs/sequence/04_transformer.ipynb #cdb3d43b
+# %% ../../nbs/sequence/04_transformer.ipynb #2cdb3d43
 #| code-fold: true
 class TransformerEmbedding(TokenPositionEmbedding):
     """Token and position embeddings, and the logits from the same matrix, eq.
@@ -146,7 +146,7 @@ class DecoderBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-# %% ../../nbs/sequence/04_transformer.ipynb #96269dcc
+# %% ../../nbs/sequence/04_transformer.ipynb #496269dc
 class PostNormDecoderBlock(DecoderBlock):
     """Every sub-layer with its residual connection, and the norm behind the sum, eq.
     (eq-trf-sublayer)."""
@@ -176,7 +176,7 @@ class PostNormDecoderBlock(DecoderBlock):
         x = self.norm2(x + self.dropout(self.cross_attention(x, cache=memory)))
         return self.norm3(x + self.dropout(self.feed_forward(x))), past
 
-# %% ../../nbs/sequence/04_transformer.ipynb #eb6128e3
+# %% ../../nbs/sequence/04_transformer.ipynb #deb6128e
 #| code-fold: true
 class PreNormDecoderBlock(DecoderBlock):
     """Every sub-layer with its residual connection, and the norm at the head of the
@@ -249,7 +249,7 @@ def check_tokens(
             f"{name}: expected as many rows as input_ids has, {rows}; got {len(ids)}"
         )
 
-# %% ../../nbs/sequence/04_transformer.ipynb #10219328
+# %% ../../nbs/sequence/04_transformer.ipynb #51021932
 #| code-fold: true
 State = dict[
     str, tuple
@@ -426,7 +426,7 @@ MARIAN_FORMAT = CheckpointFormat(
     ignore=("*.embed_tokens.weight", "*.embed_positions.weight", "lm_head.weight"),
 )
 
-# %% ../../nbs/sequence/04_transformer.ipynb #3c32e328
+# %% ../../nbs/sequence/04_transformer.ipynb #13c32e32
 #| code-fold: true
 class MarianVocabulary:
     """One side of a Marian folder: the pieces of `source.spm` or `target.spm`, with the
