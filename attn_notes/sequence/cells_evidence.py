@@ -137,7 +137,7 @@ def recall_batches(lag: int, size: int = 64) -> Iterator[tuple]:
         ids, symbol = recall_batch(lag, size)
         yield (ids,), symbol
 
-# %% ../../nbs/sequence/01_cells_evidence.ipynb #d9b803c5
+# %% ../../nbs/sequence/01_cells_evidence.ipynb #baf181fd
 LAGS, RECEPTIVE_FIELDS = (5, 10, 20, 40, 80), {"conv": 9, "dilated": 31}
 _MEMORIES = [
     ("rnn", 0.0, 5),
@@ -159,7 +159,7 @@ _REACH = [
     for encoder, field in RECEPTIVE_FIELDS.items()
     for beyond in (-2, -1, 0, 1)
 ]
-# the plain network with as many parameters as the LSTM, more steps, three rates
+# the plain network with as many parameters as the LSTM, more steps, other rates
 _CONTROLS = [
     dict(
         encoder="rnn",
@@ -169,8 +169,12 @@ _CONTROLS = [
         hidden_size=152,
         learning_rate=rate,
     )
-    for lag in (20, 40)
-    for rate in (1e-3, 2e-3, 5e-3)
+    for lag, rates in (
+        (20, (1e-3, 2e-3, 5e-3)),
+        (40, (1e-3, 2e-3, 5e-3)),
+        (80, (2e-3, 5e-3)),
+    )
+    for rate in rates
 ]
 
 # %% ../../nbs/sequence/01_cells_evidence.ipynb #42031034
