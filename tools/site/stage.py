@@ -135,6 +135,8 @@ def stage_notebook(
     cells = []
     for raw, cell in zip(page.cells, notebook.cells, strict=True):
         if cell.kind != "code":
+            if not cells:  # nbdev wants the summary, which is no quotation, quoted
+                raw.source = re.sub(r"\A(# .*\n+)> ?", r"\1", raw.source)
             cells.append(raw)
             continue
         if "hide" in cell.directives or not cell.source.strip():
