@@ -350,7 +350,7 @@ def test_the_hash_is_of_what_a_function_does():
         ("Twice", type("Twice", (), {"factor": 3, "__call__": Twice.__call__})),
         ("Twice", type("Twice", (float,), dict(vars(Twice)))),
     ],
-    ids=str,
+    ids=["constant", "function", "recipe", "builtin", "member", "base"],
 )
 def test_the_hash_follows_the_functions_classes_and_constants_of_the_module(
     change, monkeypatch
