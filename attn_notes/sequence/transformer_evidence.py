@@ -4,7 +4,8 @@
 __all__ = ['CLDR_SETTINGS', 'RIVALS', 'COMPARISON', 'ABLATION_BASE', 'ABLATION_RECIPE', 'ABLATIONS', 'DROPOUT', 'RECIPE_CHOICES',
            'CROSSING', 'train_phrases', 'score_phrases', 'with_max_steps', 'train_rival', 'shared_phrases',
            'NarrowAttention', 'ablate', 'longer_bleu', 'train_ablation', 'train_dropout', 'train_recipe', 'time_layers',
-           'torch_pair_models', 'stack_flops', 'torch_pair', 'marian_pair_models', 'generation_pair']
+           'torch_pair_models', 'stack_flops', 'torch_pair', 'marian_model', 'marian_reference', 'marian_pair_models',
+           'generation_pair']
 
 # %% ../../nbs/sequence/04_transformer_evidence.ipynb #f2299068
 import time
@@ -40,6 +41,7 @@ from attn_notes.sequence.transformer import (
     marian_config,
 )
 from ..training.experiments import experiment
+from ..training.gpu import gpu_reference
 from ..training.loop import History, train
 from ..training.recipes import Recipe
 from ..zoo.benchmark import Work, benchmark_pair, time_pair
@@ -379,21 +381,13 @@ for training, padded in ((False, False), (False, True), (True, False), (True, Tr
         lambda training=training, padded=padded: torch_pair(training, padded)
     )
 
-# %% ../../nbs/sequence/04_transformer_evidence.ipynb #70bc9682
-@torch.no_grad()
-def marian_pair_models(
-    vocab_size: int = 8000,
-    layers: int = 2,
-    d: int = 512,
-    heads: int = 8,
-    d_ff: int = 2048,
-) -> tuple[Any, Transformer]:
-    """A MarianMTModel and our Transformer with the same weights, in evaluation mode.
-    Raises `ConfigError` without transformers."""
+# %% ../../nbs/sequence/04_transformer_evidence.ipynb #ce8ce4b7
+def marian_model(vocab_size: int, layers: int, d: int, heads: int, d_ff: int) -> Any:
+    """A MarianMTModel of these sizes, with fresh weights. Raises `ConfigError` without
+    transformers."""
     require_package("transformers", "notebooks")
     from transformers import MarianConfig, MarianMTModel
 
-    torch.manual_seed(0)
     each = {"layers": layers, "attention_heads": heads, "ffn_dim": d_ff}
     sides = ("encoder", "decoder")
     sizes: Any = {f"{side}_{k}": size for side in sides for k, size in each.items()}
@@ -410,8 +404,39 @@ def marian_pair_models(
         **ids,
         **sizes,
     )
-    reference = MarianMTModel(config).eval()
-    ours = Transformer(TransformerConfig(**marian_config(config.to_dict())))
+    return MarianMTModel(config)
+
+
+@gpu_reference("transformer_base")
+def marian_reference(model: nn.Module) -> nn.Module:
+    """A Marian of the same sizes, where the model is: what `make gpu` times beside it.
+    It has biases, which the model has not."""
+    config: Any = model.config
+    where = next(model.parameters())
+    with torch.device(where.device):
+        reference = marian_model(
+            config.vocab_size,
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+        )
+    return reference.to(where.dtype)
+
+# %% ../../nbs/sequence/04_transformer_evidence.ipynb #70bc9682
+@torch.no_grad()
+def marian_pair_models(
+    vocab_size: int = 8000,
+    layers: int = 2,
+    d: int = 512,
+    heads: int = 8,
+    d_ff: int = 2048,
+) -> tuple[Any, Transformer]:
+    """A MarianMTModel and our Transformer with the same weights, in evaluation mode.
+    Raises `ConfigError` without transformers."""
+    torch.manual_seed(0)
+    reference = marian_model(vocab_size, layers, d, heads, d_ff).eval()
+    ours = Transformer(TransformerConfig(**marian_config(reference.config.to_dict())))
     kept = MARIAN_FORMAT.apply(reference.state_dict(), ours)
     ours.load_state_dict(kept)
     return reference, ours.eval()
