@@ -146,10 +146,13 @@ class ScaledDotProductAttention(Attention):
         square = bool(is_causal and mask is None and bias is None and n == m)
         if mask is not None or (is_causal and not square):
             mask = merge_masks(mask, is_causal, n, m, q.device)
+        if mask is not None and (bias is not None or q.device.type != "cpu"):
+            some = mask.any(
+                -1, keepdim=True
+            )  # of rows without, each kernel has its own
         if bias is not None:
             bias = bias.to(q.dtype)
-            if mask is not None:  # a row that hides everything sees all, and is zeroed
-                some = mask.any(-1, keepdim=True)
+            if some is not None:
                 bias = bias.masked_fill(~mask & some, -torch.inf)
         output = F.scaled_dot_product_attention(
             q, k, v, mask if bias is None else bias, rate, square, scale=self.scale

@@ -389,8 +389,12 @@ def in_process(kind: str, name: str, device: str, until: float) -> list[Row]:
     except subprocess.TimeoutExpired:
         return [skipped | {"why": f"not done in {left:.0f} seconds"}]
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        return [{"kind": kind, "name": name, "passed": False, "error": last[:300]}]
+        lines = done.stderr.strip().splitlines() or ["no word"]
+        named = [
+            x for x in lines if re.match(r"[\w.]*(Error|Exception|Unsupported)\b", x)
+        ]
+        error = (named or lines)[-1][:300]
+        return [{"kind": kind, "name": name, "passed": False, "error": error}]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return [json.loads(line) for line in lines]
 
