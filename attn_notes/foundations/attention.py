@@ -152,7 +152,7 @@ class ScaledDotProductAttention(Attention):
             )  # of rows without, each kernel has its own
         if bias is not None:
             bias = bias.to(q.dtype)
-            if some is not None:
+            if mask is not None and some is not None:
                 bias = bias.masked_fill(~mask & some, -torch.inf)
         output = F.scaled_dot_product_attention(
             q, k, v, mask if bias is None else bias, rate, square, scale=self.scale

@@ -153,9 +153,10 @@ def run_kernel(
     weights = [getattr(layers, name) for at in passes for name in layers.names(*at)]
     if column is not None:
         weights[0] = torch.cat([weights[0], column], 1)
+    start = state
     output, *state = getattr(torch, layers.kind)(
         x,
-        state if layers.kind == "lstm" else state[0],
+        start if layers.kind == "lstm" else start[0],
         weights,
         layers.bias,
         len({layer for layer, _ in passes}),
@@ -164,7 +165,8 @@ def run_kernel(
         len(passes) > 1 and layers.directions == 2,
         True,
     )
-    return output, state
+    # compiled for a GPU, torch.lstm gives states an axis too many (seen in torch 2.11)
+    return output, [s.reshape(old.shape) for s, old in zip(state, start, strict=True)]
 
 # %% ../../nbs/sequence/01_cells.ipynb #8b9c25a2
 def run_padded(
