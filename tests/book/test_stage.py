@@ -98,6 +98,20 @@ def test_figure_gets_caption_and_name(staged):
     }
 
 
+def test_the_caption_is_the_pictures_alone(tmp_path):
+    outputs = [
+        nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"}),
+        nbformat.v4.new_output("execute_result", {"text/plain": "'confirmed'"}),
+    ]
+    cell = nbformat.v4.new_code_cell("#| fig-cap: A curve.\nplot()", outputs=outputs)
+    cells = [nbformat.v4.new_markdown_cell("# Title"), cell]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "x.ipynb")
+    notebook = read_notebook(tmp_path / "x.ipynb", tmp_path)
+    first, rest = json.loads(stage.stage_notebook(notebook, {}))["cells"][1:]
+    assert [len(first["outputs"]), len(rest["outputs"])] == [1, 1]
+    assert "figure" not in rest["metadata"].get("mystnb", {})
+
+
 @pytest.mark.parametrize(
     "source, signature",
     [

@@ -99,6 +99,11 @@ def page_tags(cell: Cell) -> list[str]:
     return tags
 
 
+def has_picture(output: nbformat.NotebookNode) -> bool:
+    """Whether an output of a cell is a picture."""
+    return any(kind.startswith("image/") for kind in output.get("data", {}))
+
+
 def statements_table(notebook: Notebook, claims: dict[str, Claim]) -> str:
     """The statements of this chapter with their verdicts, each linked to its cell;
     empty when the chapter has none."""
@@ -162,6 +167,17 @@ def stage_notebook(
             }
         raw.metadata["mystnb"] = shown
         cells.append(raw)
+        if "figure" in shown and any(map(has_picture, raw.outputs)):
+            rest = [o for o in raw.outputs if not has_picture(o)]
+            raw.outputs = [o for o in raw.outputs if has_picture(o)]
+            if rest:
+                cells.append(
+                    nbformat.v4.new_code_cell(
+                        outputs=rest,
+                        metadata={"tags": ["remove-input"]},
+                        id=f"rest-{cell.id}"[:64],
+                    )
+                )
     ending = statements_table(notebook, claims), below and nested_contents(list(below))
     for index, text in enumerate(filter(None, ending)):
         cells.append(nbformat.v4.new_markdown_cell(text, id=f"ending-{index}"))
