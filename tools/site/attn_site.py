@@ -162,10 +162,7 @@ def on_page(app, pagename, templatename, context, doctree):
 
 def number_equations(app, doctree):
     """Equations count from one on every page, as a reader of a chapter expects."""
-    domain = app.env.get_domain("math")
-    equations = domain.equations
-    if any('class="math' in node.astext() for node in doctree.findall(nodes.raw)):
-        domain.data["has_equations"][app.env.current_document.docname] = True
+    equations = app.env.get_domain("math").equations
     labelled = [node for node in doctree.findall(nodes.math_block) if node.get("label")]
     for number, node in enumerate(labelled, 1):
         node["number"] = number
@@ -177,6 +174,8 @@ def number_figures(app, env):
     for numbers in env.toc_fignumbers.values():
         for kind in numbers.values():
             kind.update({name: (place,) for place, name in enumerate(kind, 1)})
+    # the formulas of statements stand in raw HTML, which asks for no MathJax
+    env.domaindata["math"]["has_equations"]["claims"] = True
 
 
 def write_colours(app, error):
