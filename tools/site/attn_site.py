@@ -174,8 +174,6 @@ def number_figures(app, env):
     for numbers in env.toc_fignumbers.values():
         for kind in numbers.values():
             kind.update({name: (place,) for place, name in enumerate(kind, 1)})
-    # the formulas of statements stand in raw HTML, which asks for no MathJax
-    env.domaindata["math"]["has_equations"]["claims"] = True
 
 
 def write_colours(app, error):

@@ -279,7 +279,7 @@ def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
         "Every statement of the source notes that a chapter tests, with its verdict. "
         "The verdict is that of a cell, which fails when "
         "its assertion does not hold; an experiment's verdict is computed from the "
-        "measured interval, not written down.",
+        "measured 95% interval $[a, b]$ of a difference, not written down.",
         "",
         f'<p class="claims-tally">{tally}</p>',
         "",
