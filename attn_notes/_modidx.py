@@ -1347,6 +1347,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'attn_notes/zoo/benchmark.py'),
                                           'attn_notes.zoo.benchmark.peak_memory': ( 'zoo/benchmark.html#peak_memory',
                                                                                     'attn_notes/zoo/benchmark.py'),
+                                          'attn_notes.zoo.benchmark.ratio_interval': ( 'zoo/benchmark.html#ratio_interval',
+                                                                                       'attn_notes/zoo/benchmark.py'),
                                           'attn_notes.zoo.benchmark.run_pair': ( 'zoo/benchmark.html#run_pair',
                                                                                  'attn_notes/zoo/benchmark.py'),
                                           'attn_notes.zoo.benchmark.time_pair': ( 'zoo/benchmark.html#time_pair',

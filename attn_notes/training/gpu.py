@@ -28,14 +28,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from attn_notes.foundations.attention import (
     ScaledDotProductAttention,
     record_attention,
 )
 from .experiments import artifacts_folder
-from ..zoo.devices import example_loss
+from ..zoo.benchmark import ratio_interval
+from ..zoo.devices import example_loss, map_tensors
 from ..zoo.factory import create_model, example_inputs
 from ..zoo.registry import list_models, model_info
 
@@ -46,7 +47,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 def moved(inputs: Any, device: str) -> Any:
     """Every tensor of a batch on `device`."""
-    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+    return map_tensors(lambda x: x.to(device), inputs)
 
 
 def step(
@@ -278,13 +279,12 @@ def time_works(ours: Work, reference: Work | None, seconds: float) -> Row:
     row = {"milliseconds": median(r[0] for r in rounds), "rounds": len(rounds)}
     row["memory"] = peak_mebibytes(ours)
     if reference is not None:
-        ratios = sorted(a / b for a, b in rounds)
-        cut = max(int(len(ratios) / 2 - 0.98 * len(ratios) ** 0.5), 0)
+        ratio, low, high = ratio_interval(rounds)
         row |= {
             "reference_milliseconds": median(r[1] for r in rounds),
-            "ratio": median(ratios),
-            "low": ratios[cut],
-            "high": ratios[-1 - cut],
+            "ratio": ratio,
+            "low": low,
+            "high": high,
             "reference_memory": peak_mebibytes(reference),
         }
     return row
