@@ -25,6 +25,7 @@ from attn_notes.foundations.cache import (
 )
 from .checks import InputError, check_divides, check_probability
 from .masks import expand_mask, merge_masks
+from .packing import PackedTokens
 
 # %% ../../nbs/foundations/01_attention.ipynb #4bfe2717
 def attention_weights(
@@ -134,11 +135,13 @@ class ScaledDotProductAttention(Attention):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b h m d"],
         v: Float[Tensor, "b h m c"],
-        mask: Bool[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | PackedTokens | None = None,
         bias: Float[Tensor, "..."] | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "b h n c"]:
         "As `Attention.forward`, without storing the weights."
+        if isinstance(mask, PackedTokens):
+            return mask.attend(self, q, k, v, bias, is_causal)
         if _RECORDERS.get() and _recorder_of(self) is not None:
             return super().forward(q, k, v, mask, bias, is_causal)
         n, m, some = q.shape[-2], k.shape[-2], None
@@ -239,15 +242,16 @@ class MultiHeadAttention(HeadProjections):
         query: Float[Tensor, "r n d"],
         key: Float[Tensor, "r m d"] | None = None,
         value: Float[Tensor, "r m d"] | None = None,
-        mask: Bool[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | PackedTokens | None = None,
         bias: Float[Tensor, "..."] | None = None,
         is_causal: bool = False,
         cache: KeyValueCache | CrossAttentionCache | None = None,
     ) -> Float[Tensor, "r n d"] | tuple[Float[Tensor, "r n d"], KeyValueCache]:
         """Self-attention of `query`, or attention to `key` (and `value`, which is `key`
-        unless given). `mask`, `bias` and `is_causal` as in `Attention`. With a
-        `KeyValueCache` of the tokens before `query`, (output, next cache); with a
-        `CrossAttentionCache`, which stands in for key, value and mask, the output."""
+        unless given). `mask`, `bias` and `is_causal` as in `Attention`; with packed
+        tokens, `mask` is their `PackedTokens`. With a `KeyValueCache` of the tokens
+        before `query`, (output, next cache); with a `CrossAttentionCache`, which stands
+        in for key, value and mask, the output."""
         if cache is not None or (key is None and value is not None):
             _check_arguments(cache, key, value, mask, bias, is_causal)
         if isinstance(cache, CrossAttentionCache):

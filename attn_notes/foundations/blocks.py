@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiHeadAttention
 from .checks import check_positive, check_probability
+from .packing import PackedTokens
 
 # %% ../../nbs/foundations/04_blocks.ipynb #5e647bd2
 class FeedForward(nn.Module):
@@ -76,7 +77,7 @@ class PostNormBlock(EncoderBlock):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        mask: Bool[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | PackedTokens | None = None,
         bias: Float[Tensor, "..."] | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "b n d"]:
@@ -93,7 +94,7 @@ class PreNormBlock(EncoderBlock):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        mask: Bool[Tensor, "..."] | None = None,
+        mask: Bool[Tensor, "..."] | PackedTokens | None = None,
         bias: Float[Tensor, "..."] | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "b n d"]:

@@ -38,6 +38,7 @@ from attn_notes.foundations.checks import (
     require_package,
 )
 from ..foundations.initialization import init_xavier_
+from ..foundations.packing import run_packed
 from attn_notes.foundations.positions import (
     LearnedPositions,
     SinusoidalPositions,
@@ -342,8 +343,8 @@ class Transformer(PaperSearch):
         return self.embedding.logits(x)
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> State:
-        "The state at the start of generation."
-        memory = self.encoder(self.embedding(input_ids), attention_mask)
+        "The state at the start of generation; padding is not computed."
+        memory = run_packed(self.encoder, self.embedding(input_ids), attention_mask)
         return self.decoder.start(memory, attention_mask)
 
     def decode(self, decoder_input_ids: Tensor, state: State) -> tuple[Tensor, State]:

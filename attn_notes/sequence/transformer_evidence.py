@@ -31,6 +31,7 @@ from attn_notes.foundations.attention import (
 )
 from ..foundations.checks import require_package
 from ..foundations.masks import lengths_mask
+from ..foundations.packing import run_packed
 from .seq2seq_evidence import joined_phrases, round_to_half
 from attn_notes.sequence.transformer import (
     MARIAN_FORMAT,
@@ -363,7 +364,8 @@ def torch_pair(
     options |= {"src_key_padding_mask": hidden, "memory_key_padding_mask": hidden}
 
     def run_ours() -> Tensor:
-        return ours.decoder(y, ours.encoder(x, mask), mask)
+        encode = ours.encoder if training else partial(run_packed, ours.encoder)
+        return ours.decoder(y, encode(x, mask), mask)
 
     def run_reference() -> Tensor:
         return reference(x, y, **options)
