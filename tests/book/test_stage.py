@@ -68,6 +68,20 @@ def test_tags(staged, source, tag):
     )
 
 
+@pytest.mark.parametrize(
+    "source, title",
+    [
+        ("#| code-fold: true\nx = 1", "The code"),
+        ("#| export\nimport torch", "Imports"),
+        ("#| export\n#| code-fold true\ndef f():\n    pass", "The code: f"),
+        ("#| export\na = b = _c = 1\nd = e = 2", "The code: a, b, d, ..."),
+    ],
+)
+def test_a_folded_cell_is_called_by_what_it_defines(staged, source, title):
+    cell = staged("#| default_exp part.x", source)[0][-1]
+    assert cell["metadata"]["mystnb"]["code_prompt_show"] == title
+
+
 def test_exported_cell_says_where_it_goes(staged):
     cells, notebook = staged("#| default_exp part.x", "#| export\ndef f(x):\n    pass")
     assert notebook.full_module == "attn_notes.part.x" and (

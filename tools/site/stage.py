@@ -60,6 +60,15 @@ def defined_names(cell: Cell) -> list[str]:
     return [name for name in names if not name.startswith("_")]
 
 
+def fold_title(cell: Cell) -> str:
+    """What a folded cell is called: an exported one by the first names it defines."""
+    if only_imports(cell):
+        return "Imports"
+    names = defined_names(cell) if cell.exports else []
+    more = ", ..." if len(names) > 3 else ""
+    return f"The code: {', '.join(names[:3])}{more}" if names else "The code"
+
+
 def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str:
     """What stands above a cell: its claim with verdict, or the module that it goes to;
     empty for other cells."""
@@ -157,8 +166,8 @@ def stage_notebook(
             "image": {
                 "alt": cell.directives.get("fig-cap") or f"Figure: {cell.section}"
             },
-            "code_prompt_show": "Imports" if only_imports(cell) else "Show the code",
-            "code_prompt_hide": "Imports" if only_imports(cell) else "Hide the code",
+            "code_prompt_show": fold_title(cell),
+            "code_prompt_hide": fold_title(cell),
         }
         if "fig-cap" in cell.directives:
             shown["figure"] = {
