@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ConfigError', 'InputError', 'CheckpointError', 'CheckpointWarning', 'check_ids', 'check_features', 'check_mask_shape',
-           'check_divides', 'check_positive', 'check_probability', 'check_choice', 'unknown_name_error',
+           'check_pair', 'check_divides', 'check_positive', 'check_probability', 'check_choice', 'unknown_name_error',
            'require_package', 'check_id_values', 'check_mask_rows', 'Output']
 
 # %% ../../nbs/foundations/00_checks.ipynb #54035309
@@ -45,9 +45,11 @@ def _came(x: Any) -> str:
     return type(x).__name__
 
 # %% ../../nbs/foundations/00_checks.ipynb #906c8b64
-def check_ids(ids: Tensor, name: str = "input_ids") -> None:
-    """Raises `InputError` unless `ids` is a non-empty integer tensor (b n). Reads no
-    data."""
+def check_ids(
+    ids: Tensor, name: str = "input_ids", max_tokens: int | None = None
+) -> None:
+    """Raises `InputError` unless `ids` is a non-empty integer tensor (b n), n at most
+    `max_tokens`, the number of positions, where there is one. Reads no data."""
     whole = isinstance(ids, Tensor) and not (
         ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
     )
@@ -59,6 +61,11 @@ def check_ids(ids: Tensor, name: str = "input_ids") -> None:
     if 0 in ids.shape:
         raise InputError(
             f"{name}: expected at least one row and one token; got {_came(ids)}"
+        )
+    if max_tokens is not None and ids.shape[1] > max_tokens:
+        raise InputError(
+            f"{name}: expected at most {max_tokens} tokens, the number of positions; "
+            f"got {ids.shape[1]}"
         )
 
 
@@ -85,6 +92,30 @@ def check_mask_shape(mask: Tensor, shape: tuple[int, ...], name: str = "mask") -
         raise InputError(
             f"{name}: expected a boolean mask of shape {tuple(shape)}, "
             f"True where allowed; got {_came(mask)}"
+        )
+
+# %% ../../nbs/foundations/00_checks.ipynb #2fd03fc9
+def check_pair(
+    input_ids: Tensor,
+    decoder_input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> None:
+    """Raises `InputError` unless ids (b n) and (b m) and their masks have the ranks,
+    types and sizes of a forward call, n and m at most `max_tokens`, the number of
+    positions, where there is one. Reads no data."""
+    for name, ids, mask in (
+        ("", input_ids, attention_mask),
+        ("decoder_", decoder_input_ids, decoder_attention_mask),
+    ):
+        check_ids(ids, f"{name}input_ids", max_tokens)
+        if mask is not None:
+            check_mask_shape(mask, ids.shape, f"{name}attention_mask")
+    if input_ids.shape[0] != decoder_input_ids.shape[0]:
+        raise InputError(
+            "decoder_input_ids: expected as many rows as input_ids has, "
+            f"{input_ids.shape[0]}; got {decoder_input_ids.shape[0]}"
         )
 
 # %% ../../nbs/foundations/00_checks.ipynb #2386a1c5

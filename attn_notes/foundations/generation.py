@@ -89,15 +89,28 @@ def check_counts(**sizes: int) -> None:
         raise InputError(str(error)) from None
 
 
+def _check_most(limit: int, max_tokens: int | None) -> None:
+    if max_tokens is not None and limit > max_tokens:
+        raise InputError(
+            f"max_new_tokens: expected at most {max_tokens} tokens, the number of "
+            f"positions; got {limit}"
+        )
+
+
 def max_lengths(
-    limit: int | Tensor, b: int, device: torch.device | str | None
+    limit: int | Tensor,
+    b: int,
+    device: torch.device | str | None,
+    max_tokens: int | None = None,
 ) -> Int[Tensor, "b"]:
     """The maximal length of each row, from one for all or one for each.
 
-    Raises `InputError` for anything but whole numbers of at least 1.
+    Raises `InputError` for anything but whole numbers of at least 1 and at most
+    `max_tokens`, the number of positions, where there is one.
     """
     if not isinstance(limit, Tensor):
         check_counts(max_new_tokens=limit)
+        _check_most(limit, max_tokens)
         return torch.full((b,), limit, device=device)
     if limit.shape != (b,) or limit.is_floating_point() or limit.dtype == torch.bool:
         raise InputError(
@@ -105,6 +118,7 @@ def max_lengths(
             f"got {limit.dtype} of shape {tuple(limit.shape)}"
         )
     check_counts(max_new_tokens=int(limit.min()))
+    _check_most(int(limit.max()), max_tokens)
     return limit.to(device)
 
 # %% ../../nbs/foundations/06_generation.ipynb #dcd5e650

@@ -17,6 +17,7 @@ from attn_notes.foundations.checks import (
     check_positive,
     check_probability,
 )
+from .initialization import ComputedBuffers
 
 # %% ../../nbs/foundations/03_positions.ipynb #cf08db86
 def sinusoidal_table(n: int, d: int) -> Float[Tensor, "n d"]:
@@ -37,24 +38,43 @@ def sinusoidal_table(n: int, d: int) -> Float[Tensor, "n d"]:
     )
 
 # %% ../../nbs/foundations/03_positions.ipynb #b9212ad5
-class SinusoidalPositions(nn.Module):
-    """Fixed positions, eq. (eq-sinusoid), up to `max_position_embeddings`. Nothing to
-    learn, nothing to store."""
+class _Positions(nn.Module):
+    "A vector for each position, the rows of a table `weight`."
 
     weight: Tensor
-
-    def __init__(self, hidden_size: int, max_position_embeddings: int) -> None:
-        super().__init__()
-        table = sinusoidal_table(max_position_embeddings, hidden_size)
-        self.register_buffer("weight", table, persistent=False)
 
     def forward(self, n: int, offset: int = 0) -> Float[Tensor, "n d"]:
         """Rows offset ... offset + n - 1 of the table (n d). Raises `InputError` for
         rows outside it."""
-        return _rows(self.weight, n, offset)
+        table, end = self.weight, offset + n
+        if n < 1 or offset < 0 or end > table.shape[0]:
+            raise InputError(
+                f"positions: expected positions within 0 to {table.shape[0] - 1}; "
+                f"got {n} from {offset} on"
+            )
+        return table[offset:end]
+
+
+class SinusoidalPositions(_Positions, ComputedBuffers):
+    """Fixed positions, eq. (eq-sinusoid), up to `max_position_embeddings`. Nothing to
+    learn, nothing to store. With `halves` all sines come first, then all cosines, as in
+    other code."""
+
+    def __init__(
+        self, hidden_size: int, max_position_embeddings: int, halves: bool = False
+    ) -> None:
+        super().__init__()
+        self.size, self.halves = (max_position_embeddings, hidden_size), halves
+        self.make_buffers()
+
+    def compute_buffers(self) -> dict[str, Tensor]:
+        table = sinusoidal_table(*self.size)
+        if self.halves:
+            table = torch.cat([table[:, 0::2], table[:, 1::2]], dim=1)
+        return {"weight": table}
 
 # %% ../../nbs/foundations/03_positions.ipynb #6989b4db
-class LearnedPositions(nn.Module):
+class LearnedPositions(_Positions):
     """One learned vector for each of `max_position_embeddings` positions; begins normal
     with a standard deviation of `std`."""
 
@@ -67,21 +87,6 @@ class LearnedPositions(nn.Module):
         )
         self.weight = nn.Parameter(torch.empty(max_position_embeddings, hidden_size))
         nn.init.normal_(self.weight, std=std)
-
-    def forward(self, n: int, offset: int = 0) -> Float[Tensor, "n d"]:
-        """Rows offset ... offset + n - 1 of the table (n d). Raises `InputError` for
-        rows outside it."""
-        return _rows(self.weight, n, offset)
-
-# %% ../../nbs/foundations/03_positions.ipynb #4c1539b1
-def _rows(table: Tensor, n: int, offset: int) -> Tensor:
-    "`table[offset : offset + n]`. Raises `InputError` where that leaves the table."
-    if n < 1 or offset < 0 or n + offset > len(table):
-        raise InputError(
-            f"positions: expected positions within 0 to {len(table) - 1}; "
-            f"got {n} from {offset} on"
-        )
-    return table[offset : offset + n]
 
 # %% ../../nbs/foundations/03_positions.ipynb #59918c6a
 class TokenPositionEmbedding(nn.Module):

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'POSITIONS', 'State', 'TORCH_NAMES', 'TORCH_FORMAT', 'MARIAN_NAMES', 'MARIAN_FORMAT', 'TINY',
            'TINY_RECIPE', 'BIG', 'TransformerConfig', 'TransformerEmbedding', 'DecoderBlock', 'PostNormDecoderBlock',
-           'PreNormDecoderBlock', 'stack_parts', 'check_tokens', 'TransformerDecoder', 'PaperSearch', 'Transformer',
-           'marian_to_ours', 'marian_config', 'MarianVocabulary', 'paper_recipe']
+           'PreNormDecoderBlock', 'stack_parts', 'TransformerDecoder', 'PaperSearch', 'Transformer', 'marian_to_ours',
+           'marian_config', 'MarianVocabulary', 'paper_recipe']
 
 # %% ../../nbs/sequence/04_transformer.ipynb #e4ac69aa
 import json
@@ -28,11 +28,9 @@ from attn_notes.foundations.blocks import (
 from ..foundations.cache import CrossAttentionCache, KeyValueCache
 from attn_notes.foundations.checks import (
     ConfigError,
-    InputError,
     check_choice,
     check_divides,
-    check_ids,
-    check_mask_shape,
+    check_pair,
     check_positive,
     check_probability,
     require_package,
@@ -109,11 +107,7 @@ class TransformerEmbedding(TokenPositionEmbedding):
         def make_positions() -> nn.Module:
             if config.positions == "learned":
                 return LearnedPositions(d, n, std=0.5**0.5)
-            positions = SinusoidalPositions(d, n)
-            if config.positions == "sinusoidal_halves":  # all sines, then all cosines
-                table = positions.weight
-                positions.weight = torch.cat([table[:, 0::2], table[:, 1::2]], dim=1)
-            return positions
+            return SinusoidalPositions(d, n, config.positions == "sinusoidal_halves")
 
         super().__init__(config.vocab_size, d, make_positions, d**0.5, config.dropout)
         nn.init.normal_(self.tokens.weight, std=d**-0.5)
@@ -226,30 +220,6 @@ def stack_parts(
     layers = [block(**kwargs) for _ in range(config.num_hidden_layers)]
     return layers, nn.LayerNorm(config.hidden_size) if has_norm else None
 
-
-def check_tokens(
-    limit: int,
-    ids: Tensor,
-    mask: Tensor | None,
-    name: str = "input_ids",
-    rows: int | None = None,
-) -> None:
-    """Raises `InputError` unless ids and mask have the same shape (b n) and the right
-    types, n is at most `limit`, the number of positions, and b is `rows`, the number of
-    sources, where given. Reads no data."""
-    check_ids(ids, name)
-    if mask is not None:
-        check_mask_shape(mask, ids.shape, name.replace("input_ids", "attention_mask"))
-    if ids.shape[1] > limit:
-        raise InputError(
-            f"{name}: expected at most {limit} tokens, the number of positions; "
-            f"got {ids.shape[1]}"
-        )
-    if rows is not None and len(ids) != rows:
-        raise InputError(
-            f"{name}: expected as many rows as input_ids has, {rows}; got {len(ids)}"
-        )
-
 # %% ../../nbs/sequence/04_transformer.ipynb #51021932
 #| code-fold: true
 State = dict[
@@ -293,17 +263,7 @@ class PaperSearch(EncoderDecoder):
     ) -> Int[Tensor, "b t"]:
         """New tokens (b t), as `EncoderDecoder.generate`; at most 50 more than the
         source has, unless `max_new_tokens` says otherwise. The paper's search is
-        `num_beams=4`. Also raises `InputError` for more tokens than positions."""
-        limit = self.config.max_position_embeddings
-        check_tokens(limit, input_ids, attention_mask)
-        if max_new_tokens is None:
-            real = input_ids >= 0 if attention_mask is None else attention_mask
-            max_new_tokens = (real.sum(1) + 50).clamp(max=limit)
-        elif torch.as_tensor(max_new_tokens).max() > limit:
-            raise InputError(
-                f"max_new_tokens: expected at most {limit}, the number of positions; "
-                f"got {max_new_tokens}"
-            )
+        `num_beams=4`."""
         return super().generate(
             input_ids, attention_mask, max_new_tokens, num_beams, length_penalty
         )
@@ -333,10 +293,9 @@ class Transformer(PaperSearch):
     ) -> Float[Tensor, "b m v"]:
         """Logits of what follows each target token, all positions at once. Masks are
         True on real tokens. Raises `InputError` for wrong ranks, types or sizes."""
-        limit, rows = self.config.max_position_embeddings, len(input_ids)
-        check_tokens(limit, input_ids, attention_mask)
-        target = decoder_input_ids, decoder_attention_mask
-        check_tokens(limit, *target, name="decoder_input_ids", rows=rows)
+        limit = self.config.max_position_embeddings
+        masks = attention_mask, decoder_attention_mask
+        check_pair(input_ids, decoder_input_ids, *masks, limit)
         memory = self.encoder(self.embedding(input_ids), attention_mask)
         x = self.embedding(decoder_input_ids)
         x = self.decoder(x, memory, attention_mask, decoder_attention_mask)

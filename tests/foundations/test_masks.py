@@ -9,6 +9,7 @@ from attn_notes.foundations.attention import ScaledDotProductAttention, attentio
 from attn_notes.foundations.checks import InputError
 from attn_notes.foundations.masks import (
     causal_mask,
+    check_right_padding,
     expand_mask,
     lengths_mask,
     merge_masks,
@@ -159,3 +160,12 @@ def test_bad_sizes():
     ):
         with pytest.raises(InputError, match="expected"):
             call()
+
+
+@pytest.mark.no_shapes
+def test_padding_stands_on_the_right():
+    mask = lengths_mask(torch.tensor([3, 1, 0]), 3)  # hiding all is another matter
+    check_right_padding(mask)
+    for wrong in (mask.flip(1), torch.tensor([[True] * 3, [True, False, True]])):
+        with pytest.raises(InputError, match="^source: .* right of the tokens; row 1 "):
+            check_right_padding(wrong, "source")

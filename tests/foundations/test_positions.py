@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attn_notes as an
 from attn_notes.foundations.checks import ConfigError, InputError
+from attn_notes.foundations.initialization import ComputedBuffers
 from attn_notes.foundations.positions import (
     LearnedPositions,
     SinusoidalPositions,
@@ -172,3 +174,35 @@ def test_embedding_beyond_its_positions():
 def test_bad_configuration(call):
     with pytest.raises(ConfigError):
         call()
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "sinusoidal_halves"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half().float(),
+        lambda model: model.bfloat16().double().float(),
+        lambda model: model.to("meta").to_empty(device="cpu"),
+        lambda model: model.to_empty(device="cpu"),
+    ],
+    ids=["half", "bfloat16", "meta", "empty"],
+)
+def test_computed_buffers_are_right_after(change, positions):
+    "The whole model answers as before once its weights are loaded."
+    tiny = {**an.model_info("transformer_tiny").tiny, "positions": positions}
+    model = an.create_model("transformer_tiny", **tiny).eval()
+    inputs = an.example_inputs("transformer_tiny", **tiny)
+    state = {key: x.clone() for key, x in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(**inputs)
+        changed = change(model)
+        changed.load_state_dict(state)
+        assert torch.equal(changed(**inputs), expected)
+
+
+def test_every_buffer_that_is_not_stored_is_computed():
+    for name in an.list_models():
+        model = an.create_model(name, device="meta", **an.model_info(name).tiny)
+        for module in model.modules():
+            unstored = module._non_persistent_buffers_set
+            assert not unstored or isinstance(module, ComputedBuffers), name

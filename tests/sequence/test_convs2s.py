@@ -1,6 +1,7 @@
 """ConvS2S: what the chapter shows once is asked here of many sizes, masks and ways to
 be wrong."""
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -22,8 +23,10 @@ from attn_notes.sequence.convs2s import (
     ConvS2SConfig,
     GatedConv,
     ScaleGradient,
+    WeightNorm,
     normalized,
     receptive_field,
+    weights_kept,
 )
 from attn_notes.zoo.devices import check_model
 from attn_notes.zoo.factory import count_parameters, create_model
@@ -106,9 +109,10 @@ def test_paper_recipe():
 
 @pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv1d(5, 4, 3)])
 def test_weight_norm(layer):
+    convolution = isinstance(layer, nn.Conv1d)
     layer = normalized(layer.double(), gain=4.0)
     x = torch.randn(2, 5, 6, dtype=torch.float64)
-    x = x if isinstance(layer, nn.Conv1d) else x.transpose(1, 2)
+    x = x if convolution else x.transpose(1, 2)
     g, v = (
         p.detach().clone().requires_grad_()
         for p in (
@@ -117,9 +121,7 @@ def test_weight_norm(layer):
         )
     )
     by_hand = g * v / v.square().sum(tuple(range(1, v.ndim)), keepdim=True).sqrt()
-    function = (
-        nn.functional.conv1d if isinstance(layer, nn.Conv1d) else nn.functional.linear
-    )
+    function = nn.functional.conv1d if convolution else nn.functional.linear
     expected, got = function(x, by_hand, layer.bias), layer(x)
     assert torch.allclose(got, expected, rtol=0, atol=1e-12)
     theirs = torch.autograd.grad(
@@ -134,6 +136,28 @@ def test_weight_norm(layer):
         torch.allclose(a, b, rtol=0, atol=1e-10)
         for a, b in zip(mine, theirs, strict=True)
     )
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4, bias=False), nn.Conv1d(5, 4, 3)])
+def test_the_state_is_that_of_torch(layer):
+    theirs = nn.utils.parametrizations.weight_norm(copy.deepcopy(layer))
+    ours = WeightNorm(layer)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_a_weight_is_put_together_once_inside_a_generation():
+    layer = normalized(nn.Linear(5, 4))
+    assert layer.weight is not layer.weight
+    with torch.no_grad(), weights_kept():
+        assert layer.weight is layer.weight
+        other = copy.deepcopy(layer)
+        assert other.weight is not layer.weight
+        with weights_kept():
+            layer.parametrizations.weight.original0.mul_(2)
+            assert torch.allclose(layer.weight, 2 * other.weight)
+    assert layer.weight.requires_grad
 
 
 @pytest.mark.parametrize("gain, dropout", [(1.0, 0.0), (4.0, 0.0), (4.0, 0.2)])
