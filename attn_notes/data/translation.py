@@ -11,11 +11,13 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .files import check_parquet, read_parallel, read_parquet
 from .phrases import TranslationPair, cldr_pairs, date_pairs
 from .vocabulary import normalize, tokenize
 from attn_notes.foundations.checks import (
@@ -267,7 +269,8 @@ def _wmt14(
     folder = nested if nested.is_dir() else folder
     if any(folder.glob("*.parquet")):
         files = {each: _parquet_files(folder, each) for each in SPLITS}
-        return _clean(_read_parquet(files[split], source, target))
+        check_parquet([*chain.from_iterable(files.values())], source, target)
+        return _clean(read_parquet(files[split], source, target))
     names = [f"{each}.{side}" for each in SPLITS for side in (source, target)]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -276,7 +279,7 @@ def _wmt14(
             f"missing {', '.join(missing)}"
         )
     return _clean(
-        _read_parallel(folder / f"{split}.{source}", folder / f"{split}.{target}")
+        read_parallel(folder / f"{split}.{source}", folder / f"{split}.{target}")
     )
 
 
@@ -286,47 +289,3 @@ def _clean(rows: Iterable[tuple[str, str]]) -> Iterator[TranslationPair]:
         pair = TranslationPair(normalize(source), normalize(target))
         if pair.source and pair.target:
             yield pair
-
-# %% ../../nbs/data/03_translation.ipynb #61ce63bd
-def _read_parquet(
-    files: Sequence[Path], source: str, target: str
-) -> Iterator[tuple[str, str]]:
-    """Sentences from the column `translation` of parquet files, in a stream."""
-    require_package("datasets", "data")
-    from datasets import load_dataset
-
-    names = [str(file) for file in files]
-    try:
-        rows = load_dataset("parquet", data_files=names, split="train", streaming=True)
-        for row in rows:
-            both = row.get("translation")
-            if not isinstance(both, dict) or not {source, target} <= set(both):
-                raise InputError(
-                    f"translation: expected a column with {source!r} and {target!r}; "
-                    f"got columns {sorted(row)}"
-                )
-            yield both[source] or "", both[target] or ""
-    except InputError:
-        raise
-    except ValueError as error:  # pyarrow's complaint about a broken file is one too
-        raise InputError(
-            f"{files[0].parent}: {files[0].name} can not be read: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-
-
-def _read_parallel(source: Path, target: Path) -> Iterator[tuple[str, str]]:
-    """Sentences from two text files with a sentence a line, in a stream.
-
-    The `@@ ` that subword-nmt leaves inside words is taken out.
-    """
-    with open(source, encoding="utf-8") as a, open(target, encoding="utf-8") as b:
-        counts = [sum(1 for _ in side) for side in (a, b)]
-        if counts[0] != counts[1]:
-            raise InputError(
-                f"{target}: expected as many lines as in {source}, {counts[0]}; "
-                f"got {counts[1]}"
-            )
-        a.seek(0), b.seek(0)
-        for line, other in zip(a, b, strict=True):
-            yield line.replace("@@ ", ""), other.replace("@@ ", "")
