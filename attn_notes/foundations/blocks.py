@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import MultiHeadAttention
+from .attention import MultiHeadAttention, is_recorded
 from .checks import check_positive, check_probability
 from .packing import PackedTokens
 
@@ -109,7 +109,8 @@ class PreNormBlock(EncoderBlock):
 class Stack(nn.Module):
     """`layers` one after another, and `norm` behind the last, where there is one. With
     `gradient_checkpointing`, in training, what a layer computes inside is not kept but
-    computed again for the backward pass."""
+    computed again for the backward pass; not while its attention is recorded, which
+    takes another form."""
 
     gradient_checkpointing: bool = False
 
@@ -122,8 +123,9 @@ class Stack(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"], *args, **kwargs) -> Tensor:
         "(b n d) to (b n d); the other arguments are handed to every layer."
+        again = self.gradient_checkpointing and self.training and not is_recorded(self)
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
+            if again:
                 x = checkpoint(layer, x, *args, use_reentrant=False, **kwargs)
             else:
                 x = layer(x, *args, **kwargs)

@@ -1,8 +1,14 @@
 """Attention: readable and fast form, torch's module, and what is recorded."""
 
+import asyncio
+import contextvars
 import copy
+import gc
+import pickle
 import threading
+import weakref
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +16,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from attn_notes.foundations.attention import (
     Attention,
@@ -21,6 +29,7 @@ from attn_notes.foundations.attention import (
     cross_attend,
     record_attention,
 )
+from attn_notes.foundations.blocks import PreNormBlock, Stack
 from attn_notes.foundations.cache import CrossAttentionCache, KeyValueCache
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.foundations.masks import causal_mask, expand_mask, lengths_mask
@@ -482,14 +491,17 @@ def test_a_call_that_fails_is_a_call():
 
 
 def test_nested_records():
-    "The inner one of the same model; of two models, each its own."
+    "All of the same model; of two models, each its own."
     model, other, x = StepByStep(False), MultiHeadAttention(8, 4), torch.randn(1, 2, 8)
     with record_attention(model) as outer:
         with record_attention(model) as inner:
             model(x)
-        assert inner and not outer
-        model(x)
-        assert list(outer) == ["attention.attention"]
+        (weights,), (again,) = inner.values(), outer.values()
+        assert torch.equal(weights, again)
+        model(x + 1)
+        (later,) = outer.values()
+        assert not torch.equal(later, weights)
+        assert torch.equal(inner["attention.attention"], weights)
         with record_attention(other) as apart:
             other(x)
             model(torch.randn(1, 5, 8))
@@ -502,9 +514,7 @@ def test_a_model_inside_another_has_calls_of_its_own():
     outer = nn.Sequential(inner, inner)
     with record_attention(outer) as twice, record_attention(inner) as last:
         outer(x)
-    assert not twice and last["attention"].shape == (1, 2, 3, 3)
-    with record_attention(outer) as twice:
-        outer(x)
+    assert last["attention"].shape == (1, 2, 3, 3)
     assert twice["0.attention"].shape == (1, 2, 6, 3)
 
 
@@ -546,6 +556,149 @@ def test_threads_record_apart():
         assert maps["attention.attention"].shape == (2, 2, 3, 3)
     thread.join()
     assert other["attention.attention"].shape == (4, 2, 5, 5)
+
+
+def stance():
+    import torch._dynamo.eval_frame as eval_frame
+
+    return eval_frame._stance.stance
+
+
+def unrecorded(model, x, *records):
+    "Whether a call leaves these records as they are, and takes the fused kernel."
+    before = [{name: w.clone() for name, w in maps.items()} for maps in records]
+    with mock.patch.object(Attention, "forward", side_effect=AssertionError):
+        model(x)
+    return stance() == "default" and all(
+        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        for a, b in zip(before, records, strict=True)
+    )
+
+
+def test_records_closed_in_any_order():
+    model, x = MultiHeadAttention(8, 2), torch.randn(1, 3, 8)
+    assert stance() == "default"
+    first, second = record_attention(model), record_attention(model)
+    a, b = first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    model(x)
+    assert not a and len(b) == 1 and stance() == "force_eager"
+    second.__exit__(None, None, None)
+    assert unrecorded(model, x + 1, a, b)
+
+
+def test_a_record_in_a_generator_that_another_thread_closes():
+    model, x, kept = MultiHeadAttention(8, 2), torch.randn(1, 3, 8), []
+
+    def rows():
+        with record_attention(model) as maps:
+            kept.append(maps)
+            while True:
+                model(x)
+                yield maps["attention"]
+
+    generator = rows()
+    assert next(generator).shape == (1, 2, 3, 3) == next(generator).shape
+    thread = threading.Thread(target=generator.close)
+    thread.start()
+    thread.join()
+    assert unrecorded(model, x + 1, *kept)
+
+
+def test_records_of_asynchronous_tasks():
+    "Each its own, in turns; and what a record has started ends with it."
+    model, late = MultiHeadAttention(8, 2), []
+
+    async def shapes(n):
+        found = []
+        with record_attention(model) as maps:
+            for b in (1, 2, 3):
+                model(torch.randn(b, n, 8))
+                await asyncio.sleep(0)
+                found.append(tuple(maps["attention"].shape))
+        return found
+
+    async def outlives(closed, maps):
+        await closed.wait()
+        late.append(unrecorded(model, torch.randn(1, 9, 8), maps))
+
+    async def both():
+        closed = asyncio.Event()
+        with record_attention(model) as maps:
+            task = asyncio.create_task(outlives(closed, maps))
+            await asyncio.to_thread(model, torch.randn(1, 4, 8))
+            assert maps["attention"].shape == (1, 2, 4, 4)
+        closed.set()
+        await task
+        return await asyncio.gather(*(shapes(n) for n in (2, 5)))
+
+    two, five = asyncio.run(both())
+    assert two == [(b, 2, 2, 2) for b in (1, 2, 3)] and late == [True]
+    assert five == [(b, 2, 5, 5) for b in (1, 2, 3)]
+
+
+def test_a_closed_record_keeps_no_model_alive():
+    model = MultiHeadAttention(8, 2)
+    with record_attention(model) as maps:
+        model(torch.randn(1, 3, 8))
+        context = contextvars.copy_context()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and context is not None and len(maps) == 1
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["backward inside", "after"])
+def test_training_while_it_is_recorded(late):
+    "With checkpoints of our own and from outside, and with averaged weights."
+    torch.manual_seed(0)
+    model, x = Stack([PreNormBlock(8, 2, 16)]).train(), torch.randn(2, 3, 8)
+    model.gradient_checkpointing = True
+    expected = gradients(model(x), list(model.parameters()))
+    with record_attention(model) as maps:
+        averaged, y = AveragedModel(model), model(x)
+        found = None if late else gradients(y, list(model.parameters()))
+        assert [w.shape for w in maps.values()] == [(2, 2, 3, 3)]
+        averaged.update_parameters(model)
+        copied = pickle.loads(pickle.dumps(model))
+    found = found or gradients(y, list(model.parameters()))
+    assert all(
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, found, strict=True)
+    )
+    assert unrecorded(averaged, x, maps) and unrecorded(copied, x, maps)
+
+
+def test_what_is_computed_again_for_the_backward_pass_is_no_call():
+    class Checkpointed(MultiHeadAttention):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model, x = Checkpointed(8, 2), torch.randn(2, 3, 8, requires_grad=True)
+    expected = gradients(model(x), [x])[0]
+    with record_attention(model) as maps:
+        y = model(x)
+        assert torch.allclose(gradients(y, [x])[0], expected, atol=1e-5)
+        assert maps["attention"].shape == (2, 2, 3, 3)
+
+
+@pytest.mark.parametrize("size", [1.0, 500.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recorded_in_half_precision_equals_the_fused_form(dtype, size, autocast):
+    "Also where the products leave the range of float16, which ends at 65504."
+    torch.manual_seed(0)
+    attention, (q, k, v) = ScaledDotProductAttention(), torch.randn(3, 2, 2, 5, 64)
+    q, k = (size * x for x in (q, k))
+    assert size == 1 or (q @ k.mT).abs().max() > 65504
+    if not autocast:
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        fused = attention(q, k, v, MASKS["keys"])
+        with record_attention(attention) as maps:
+            recorded = attention(q, k, v, MASKS["keys"])
+    assert recorded.dtype == fused.dtype and recorded.isfinite().all()
+    assert (recorded - fused).abs().max() < 0.02
+    assert torch.allclose(maps[""].float().sum(-1), torch.ones(2, 2, 5), atol=0.02)
 
 
 @pytest.mark.slow
