@@ -10,13 +10,30 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 from ..foundations.checks import ConfigError, InputError, require_package
 
 # %% ../../nbs/data/01_vocabulary.ipynb #4bc3c44e
+def _order_marks(text: str) -> str:
+    """The same text with runs of combining marks in Unicode's order, in which
+    `unicodedata` would bring them in a time that grows with their square."""
+
+    def decomposed(run: Iterable[str]) -> str:
+        return "".join(unicodedata.normalize("NFD", sign) for sign in run)
+
+    runs = groupby(text, lambda sign: unicodedata.combining(sign) > 0)
+    return "".join(
+        "".join(sorted(decomposed(run), key=unicodedata.combining) if marks else run)
+        for marks, run in runs
+    )
+
+
 def normalize(text: str) -> str:
     """The text in Unicode's composed form (NFC), its white space single spaces."""
+    if len(text) > 1000 and not text.isascii():
+        text = _order_marks(text)
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 # %% ../../nbs/data/01_vocabulary.ipynb #e012cdd3
@@ -185,7 +202,8 @@ class Vocabulary(TokenTable):
         return self.join(_real_tokens(self.tokens, ids))
 
 # %% ../../nbs/data/01_vocabulary.ipynb #b89ddf31
-BPE_PIECE = rf" ?(\d|[{CJK}]|[^\W\d_{CJK}]+|.)"  # as PIECE, with the space before it
+# as PIECE, with the space before it; longer words are cut after 256 letters
+BPE_PIECE = rf" ?(\d|[{CJK}]|[^\W\d_{CJK}]{{1,256}}|.)"
 
 
 def _tokenizer(**model: Any) -> Any:

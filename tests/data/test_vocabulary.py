@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -232,3 +234,39 @@ def test_bad_input():
         Vocabulary.build(["a"], max_size=3)
     with pytest.raises(InputError, match="0 to 4; got 5"):
         Vocabulary(["a"]).decode([5])
+
+
+# words as long as a book
+
+LONG = {
+    "a word": "the" * 300_000,
+    "letters in any order": "".join(chr(97 + i * i % 1009 % 26) for i in range(10**6)),
+    "signs": "=-" * 100_000,
+    "marks": "a" + "\u0301\u0323" * 30_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_word_of_a_megabyte_takes_no_minutes(name):
+    start = time.process_time()
+    pieces = BPEVocabulary.build([LONG[name], "the lower house"], max_size=120)
+    words = Vocabulary.build([LONG[name]])
+    for vocabulary in (pieces, words):
+        ids = vocabulary.encode(LONG[name])
+        assert vocabulary.decode(ids) == normalize(LONG[name])
+    assert time.process_time() - start < 15
+
+
+def test_words_of_at_most_256_letters_are_learnt_whole():
+    long = "".join(chr(97 + i * i % 1009 % 26) for i in range(256))
+    pieces = BPEVocabulary.build([f"{long}, the {long}"] * 3, max_size=2000)
+    found = [pieces.tokens[i] for i in pieces.encode(f"the {long} {long}the")]
+    assert found[:3] == [" the", f" {long}", f" {long}"]
+    assert "".join(found[3:]) == "the"
+
+
+@given(st.text(st.sampled_from("aé\u0301\u0323\u0344\u0345\u05b0각ᄀᆨ🏽"), max_size=40))
+def test_marks_are_put_in_order_as_unicode_does(text):
+    assert normalize(text + "b" * 1001) == unicodedata.normalize(
+        "NFC", text + "b" * 1001
+    )
