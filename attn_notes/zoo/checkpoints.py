@@ -23,7 +23,7 @@ from attn_notes.foundations.checks import (
     CheckpointWarning,
     ConfigError,
 )
-from .files import INDEX, read_state_dict, readable
+from .files import INDEX, read_state_dict, readable, settle, to_path
 from attn_notes.zoo.formats import (
     NATIVE,
     CheckpointFormat,
@@ -170,7 +170,7 @@ def find_checkpoint(
 
     Raises `CheckpointError` when nothing is there, `ConfigError` for a revision of what
     has none."""
-    path = Path(pretrained).expanduser()
+    path = to_path(pretrained)
     if revision is not None and path.exists():
         raise ConfigError(f"revision: expected with a hub id alone; got {pretrained}")
     if path.is_file():
@@ -180,6 +180,7 @@ def find_checkpoint(
         if not hub_id or path.parent.is_dir() or readable(path):
             raise CheckpointError(f"no checkpoint file or folder at {pretrained}")
         path = _from_hub(str(pretrained), revision)
+    settle(path)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds no config.json")
     weights = _weights_in(path)

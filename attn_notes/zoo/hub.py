@@ -15,21 +15,23 @@ from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from ..foundations.checks import CheckpointError
-from .files import atomic_folder
+from .files import atomic_folder, to_path, writing
 from .formats import shared_names
 from .registry import list_models, model_info
 
 # %% ../../nbs/zoo/05_hub.ipynb #b7ef66fc
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's state as one safetensors file, each shared tensor under its first
-    name. Raises `CheckpointError` for a model on the meta device."""
+    name. Raises `CheckpointError` for a model on the meta device, and where the system
+    refuses to write."""
     from safetensors.torch import save_file
 
     state = model.state_dict()
     if any(value.is_meta for value in state.values()):
         raise CheckpointError("a model on the meta device has no weights to save")
     tensors = {n[0]: state[n[0]].contiguous() for n in shared_names(model)}
-    save_file(tensors, path, metadata={"format": "pt"})
+    with writing(path := to_path(path)):
+        save_file(tensors, path, metadata={"format": "pt"})
 
 # %% ../../nbs/zoo/05_hub.ipynb #15ad32c2
 CARD = """---
@@ -59,10 +61,11 @@ class PretrainedMixin(
     not_loaded: tuple[str, ...] = ()  # keys that its checkpoint did not fill
 
     def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
-        """Write config.json, model.safetensors and a model card into a folder,
-        atomically; `hub` goes to huggingface_hub's mixin."""
+        """Write config.json, model.safetensors and a model card into a folder, all
+        or none; `hub` goes to huggingface_hub's mixin. Raises `CheckpointError` where
+        the system refuses to write."""
         defaults: dict[str, Any] = {
-            "repo_id": Path(save_directory).name,
+            "repo_id": to_path(save_directory).name,
             "model_card_kwargs": {"name": self.architecture or type(self).__name__},
         }
         given = {key: value for key, value in hub.items() if value is not None}
