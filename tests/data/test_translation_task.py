@@ -3,6 +3,8 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -231,6 +233,62 @@ def test_what_is_not_a_text_is_refused(task, texts):
     assert not model.calls
 
 
+@pytest.mark.parametrize(
+    "kind", [iter, tuple, dict.fromkeys, lambda texts: (text for text in texts)]
+)
+def test_texts_in_any_iterable(task, kind):
+    assert task.predict(WordForWord(task), kind(["7", "5"])) == ["sieben", "fünf"]
+
+
+def test_the_lines_of_a_file(task, tmp_path):
+    (tmp_path / "texts").write_text("7\n5 5\n")
+    with open(tmp_path / "texts") as file:
+        assert task.predict(WordForWord(task), file) == ["sieben", "fünf fünf"]
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "texts, said",
+    [
+        (["7", " \u2028"], r"^inputs\[1\]: expected a text of a token or more; got"),
+        (["7", "5", 3], r"^inputs\[2\]: expected a text; got 3$"),
+        (["7", b"5"], r"^inputs\[1\]: expected a text; got b'5'$"),
+        ([""], r"^inputs: expected a text of a token or more; got ''$"),
+        (["5", "7 " * 9], r"^inputs\[1\]: expected at most 8 tokens; got 9$"),
+        (["5 \ud800"], r"^inputs: expected Unicode text; got the surrogate .*d800"),
+        (
+            ["5", "x" * 10**6 + "\ud800"],
+            r"^inputs\[1\]: expected Unicode text; .{,60}$",
+        ),
+        (7, "^inputs: expected texts in a list or another iterable; got 7$"),
+        (None, "^inputs: expected texts in a list or another iterable; got None$"),
+        ("7 3", "^inputs: expected texts in a list or another iterable; got '7 3'$"),
+    ],
+)
+def test_what_is_refused_is_named_by_its_place(task, texts, said, recwarn):
+    model = WordForWord(task)
+    model.max_tokens = 8  # positions
+    with pytest.raises(InputError, match=said):
+        task.predict(model, texts)
+    assert not model.calls and not recwarn
+
+
+def test_a_model_without_a_limit_has_one_for_texts(task):
+    model = WordForWord(task)
+    assert task.predict(model, ["7 " * 4096]) == [" ".join(["sieben"] * 4096)]
+    with pytest.raises(InputError, match=r"inputs: expected at most 4096 tokens"):
+        task.predict(model, ["7 " * 4097])
+
+
+def test_unknown_words_are_said_of_each_text(task):
+    with pytest.warns(UserWarning) as caught:
+        task.predict(WordForWord(task), ["foo 7", "7", "é" * 10**6, "foo"])
+    said = [str(warning.message) for warning in caught]
+    assert [text.split(":")[0] for text in said] == [f"inputs[{i}]" for i in (0, 2, 3)]
+    assert all("not in the vocabulary, so read as <unk>: " in text for text in said)
+    assert max(map(len, said)) < 120
+
+
 def test_no_texts_no_answers(task):
     assert task.predict(WordForWord(task), []) == []
 
@@ -403,6 +461,28 @@ def test_scores():
     )
     with pytest.raises(InputError):
         translation_scores([], [], "en")
+
+
+@pytest.mark.parametrize(
+    "language, cut",
+    [("en", "13a"), ("mul", "13a"), ("zh", "zh"), ("zh_Hant", "zh"), ("zh-CN", "zh")]
+    + [("iso", "char"), ("ja", "ja-mecab"), ("ja_JP", "ja-mecab"), ("ko", "ko-mecab")],
+)
+def test_bleu_is_cut_as_sacrebleu_has_it_for_the_language(monkeypatch, language, cut):
+    import sacrebleu.metrics.bleu as bleu
+
+    asked, tokenizer = [], bleu._get_tokenizer
+    missing = cut.endswith("mecab") and find_spec("MeCab") is None
+
+    def get(name):
+        asked.append(name)
+        return tokenizer(name)
+
+    monkeypatch.setattr(bleu, "_get_tokenizer", get)
+    with pytest.warns(UserWarning, match="MeCab") if missing else nullcontext():
+        scores = translation_scores(["东京。"], ["东京。"], language)
+    assert asked == ([cut, "char"] if missing else [cut])
+    assert scores["exact"] == 100
 
 
 def test_without_sacrebleu_there_is_no_bleu(monkeypatch):
