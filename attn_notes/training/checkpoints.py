@@ -16,22 +16,25 @@ from typing import Any, BinaryIO
 import torch
 
 from ..foundations.checks import CheckpointError, ConfigError
+from ..zoo.files import to_path, writing
 
 # %% ../../nbs/training/05_checkpoints.ipynb #306e6a0d
 @contextmanager
 def atomic_write(path: str | Path) -> Generator[BinaryIO, None, None]:
     """A binary file to write to, which becomes `path` when the block ends well, and is
-    removed when it does not."""
-    path = Path(path)
+    removed when it does not. Raises `CheckpointError` when the system refuses."""
+    path = to_path(path)
     part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            part.unlink(missing_ok=True)
+            with open(part, "xb") as file:  # made anew: no link is followed
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 # %% ../../nbs/training/05_checkpoints.ipynb #5152b210
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -45,7 +48,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises `CheckpointError` for a file that is absent or can not be read.
     """
-    path = Path(path)
+    path = to_path(path)
     if not path.is_file():
         raise CheckpointError(f"nothing to resume: {path} does not exist")
     try:
@@ -62,7 +65,7 @@ def writable_folder(path: str | Path) -> Path:
 
     Raises `ConfigError` for a folder that can not be written.
     """
-    path = Path(path)
+    path = to_path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -77,21 +80,27 @@ def writable_folder(path: str | Path) -> Path:
 # %% ../../nbs/training/05_checkpoints.ipynb #4c0f66e5
 @contextmanager
 def interruptible() -> Generator[list[int], None, None]:
-    """A list that fills when Ctrl-C comes, while the work goes on; the second Ctrl-C
-    acts as ever."""
+    """A list that fills when Ctrl-C or SIGTERM comes, while the work goes on; the
+    second one acts as ever."""
     came: list[int] = []
     # Python gives signals to the main thread only
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = signal.getsignal(signal.SIGINT)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def first(number, frame):
         came.append(number)
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    signal.signal(signal.SIGINT, first)
+    for number in numbers:
+        signal.signal(number, first)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

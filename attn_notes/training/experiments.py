@@ -30,7 +30,7 @@ from typing import Any
 
 from ..foundations.checks import ConfigError, InputError
 from .checkpoints import atomic_write
-from .loop import History, recording_losses
+from .history import History, recording_losses
 
 # %% ../../nbs/training/07_experiments.ipynb #7a6c424e
 def artifacts_folder() -> Path:

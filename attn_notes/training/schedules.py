@@ -45,6 +45,8 @@ def cosine(max_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> Schedul
     def factor(step: int) -> float:
         if step <= warmup_steps:
             return step / warmup_steps
+        if max_steps == 1:  # the only step learns something
+            return 1.0
         share = min(1.0, (step - warmup_steps) / (max_steps - warmup_steps))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 

@@ -21,7 +21,7 @@ import torch._dynamo
 import torch.utils.tensorboard
 from training_toy import RECIPE, Toy, toy_model
 
-from attn_notes.training import checkpoints, loop
+from attn_notes.training import checkpoints, history, loop
 
 AVERAGING = replace(RECIPE, ema_decay=None, average_last=3, average_every=2)
 
@@ -77,7 +77,6 @@ def half_a_line(record, call: int):
         if next(calls) != call:
             return record(self, row)
         self.metrics.write(b'{"step": 99, "lo')
-        self.metrics.flush()
         die()
 
     return wrapped
@@ -97,7 +96,7 @@ def sabotage(moment: str) -> None:
     elif moment == "after the rename":
         checkpoints.os.replace = dying(os.replace, 3, before=False)
     elif moment == "half a line":
-        loop.RunFiles.write = half_a_line(loop.RunFiles.write, 8)
+        history.RunFiles.write = half_a_line(history.RunFiles.write, 8)
     elif moment == "while evaluating":
         Toy.evaluate = dying(Toy.evaluate, 2)
 

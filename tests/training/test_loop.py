@@ -19,7 +19,8 @@ from attn_notes.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from attn_notes.training.loop import recording_losses, stopping_after, train
+from attn_notes.training.history import recording_losses, stopping_after
+from attn_notes.training.loop import train
 from attn_notes.training.recipes import Recipe
 from attn_notes.training.tasks import check_batch
 
@@ -399,7 +400,7 @@ def test_a_loss_read_later_stops_the_run_before_it_is_saved(tmp_path, every_seve
 
 
 @pytest.mark.no_shapes
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+def test_of_a_gradient_that_is_not_finite_nothing_is_learned(tmp_path):
     class Spoilt(Toy):
         """A gradient that is not finite, of a loss that is."""
 
@@ -413,9 +414,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
             return {"token": (loss, weight)}
 
     recipe = replace(RECIPE, max_grad_norm=None)
-    said = "the weights are no longer finite after step 6"
-    refused(ConfigError, said, recipe, toy_model(0.0), Spoilt(), output_dir=tmp_path)
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    said = "the gradient became nan at step 6"
+    model = toy_model(0.0)
+    refused(ConfigError, said, recipe, model, Spoilt(), output_dir=tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
+    with stopping_after(5):  # the weights of the last good step
+        run(recipe, output_dir=tmp_path / "good")
+    good = load_checkpoint(tmp_path / "good" / "checkpoint.pt")["model"]
+    assert all(torch.equal(good[k], v) for k, v in model.state_dict().items())
     assert same(run(recipe, output_dir=tmp_path, resume=True)[0], run(recipe)[0])
     last = replace(recipe, max_steps=6)
     refused(ConfigError, said, last, task=Spoilt())  # also where nothing is saved
@@ -529,8 +535,8 @@ def test_refuses_folders_and_checkpoints(tmp_path):
     refused(ConfigError, "holds a run already", output_dir=tmp_path / "run")
     refused(
         CheckpointError,
-        "another recipe: max_steps 6 then, 7 now; seed 3 then, 4 now",
-        replace(SHORT, max_steps=7, seed=4),
+        "another recipe: max_steps 6 then, 5 now; seed 3 then, 4 now",
+        replace(SHORT, max_steps=5, seed=4),
         output_dir=tmp_path / "run",
         resume=True,
     )

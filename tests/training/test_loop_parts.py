@@ -18,17 +18,14 @@ from toys import toy
 from training_toy import RECIPE, Toy, ToyModel, serve, toy_loss, toy_model
 
 from attn_notes.foundations.checks import CheckpointError
-from attn_notes.training import loop
+from attn_notes.training import loop, stream
 from attn_notes.training.checkpoints import load_checkpoint
-from attn_notes.training.loop import (
-    Learner,
-    Processes,
-    RunFiles,
-    Share,
-    WeightAverage,
-    train,
-)
+from attn_notes.training.history import RunFiles
+from attn_notes.training.learner import Learner, WeightAverage, mean_loss
+from attn_notes.training.loop import train
+from attn_notes.training.processes import Processes, make_accelerator
 from attn_notes.training.recipes import Recipe
+from attn_notes.training.stream import Share, ignore_interrupts
 
 SHORT = replace(RECIPE, max_steps=4, ema_decay=None, evaluate_every=None)
 
@@ -97,7 +94,7 @@ def test_shares_are_the_batch_and_an_empty_one_counts_nothing():
     task.setup(replace(RECIPE, batch_size=4))
     rows = task.batches(0)[2]
     assert len(rows) == 2
-    parts = [loop._Shares(task, 3, rank, 3)[0, 2, rows] for rank in range(3)]
+    parts = [stream._Shares(task, 3, rank, 3)[0, 2, rows] for rank in range(3)]
     assert [part.empty for part in parts] == [False, False, True]
     assert [part.place for part in parts] == [(0, 2)] * 3
     for part, i in zip(parts, [0, 1, 0], strict=True):
@@ -110,10 +107,10 @@ def test_shares_are_the_batch_and_an_empty_one_counts_nothing():
         "b": (torch.tensor(5.0, requires_grad=True), 1.0),
         "a": (torch.tensor(3.0, requires_grad=True), 10.0),
     }
-    loss, values = loop.mean_loss(terms, scales, empty=False)
+    loss, values = mean_loss(terms, scales, empty=False)
     assert loss.item() == 25 and values.tolist() == [25, 1.5, 10]
     assert loss.requires_grad and not values.requires_grad
-    loss, values = loop.mean_loss(terms, scales, empty=True)
+    loss, values = mean_loss(terms, scales, empty=True)
     assert values.tolist() == [0, 0, 0] and loss.requires_grad
 
 
@@ -122,7 +119,7 @@ def test_examples_draw_by_seed_epoch_place_and_process():
     task.setup(WITH_WORKERS)
 
     def drawn(seed, rank, epoch, position):
-        share = loop._Shares(task, seed, rank, 2)[epoch, position, [5, 5, 6, 6]]
+        share = stream._Shares(task, seed, rank, 2)[epoch, position, [5, 5, 6, 6]]
         return tuple(share.batch["x"][0].tolist())
 
     places = [
@@ -231,7 +228,7 @@ def test_gradients_are_exchanged_once_a_step():
     task.setup(replace(RECIPE, batch_size=4))
     recipe = replace(SHORT, max_grad_norm=None)
     learner = Learner(model, task, recipe, Counting())
-    shares = [loop._Shares(task, 0, 0, 1)[0, i, task.batches(0)[i]] for i in range(3)]
+    shares = [stream._Shares(task, 0, 0, 1)[0, i, task.batches(0)[i]] for i in range(3)]
     learner.update(shares, Processes())
     assert kept == [True, "backward", False, True, "backward", False, "backward"]
     assert learner.step == 1 and learner.lr == recipe.lr(1)
@@ -257,8 +254,8 @@ def test_what_accelerate_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate, "Accelerator", Told)
     for available in (False, True):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda a=available: a)
-        loop._accelerator(replace(SHORT, mixed_precision="bf16"), tmp_path)
-        loop._accelerator(SHORT, None)
+        make_accelerator(replace(SHORT, mixed_precision="bf16"), tmp_path)
+        make_accelerator(SHORT, None)
     assert [t["cpu"] for t in told] == [True, True, False, False]
     assert [t["mixed_precision"] for t in told] == ["bf16", "no"] * 2
     assert [t["log_with"] for t in told] == ["tensorboard", None] * 2
@@ -267,13 +264,13 @@ def test_what_accelerate_is_told(tmp_path, monkeypatch):
 
 def test_memory_is_pinned_for_a_gpu_only(monkeypatch):
     opened = []
-    original = loop.BatchStream.open
+    original = stream.BatchStream.open
 
     def opening(self, pin_memory=False):
         opened.append(pin_memory)
         return original(self)
 
-    monkeypatch.setattr(loop.BatchStream, "open", opening)
+    monkeypatch.setattr(stream.BatchStream, "open", opening)
     train(toy_model(), Toy(), SHORT, progress=False)
     assert opened == [False]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
@@ -286,7 +283,7 @@ def test_memory_is_pinned_for_a_gpu_only(monkeypatch):
 def test_workers_do_not_hear_ctrl_c_and_end_with_the_run():
     before = signal.getsignal(signal.SIGINT)
     try:
-        loop._ignore_interrupts(0)
+        ignore_interrupts(0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

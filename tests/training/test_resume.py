@@ -14,13 +14,13 @@ HERE = Path(__file__).parent
 MOMENTS = {
     "in a forward pass": 6,
     "between gradient and update": 3,
-    "half a checkpoint": 6,
+    "half a checkpoint": 5,
     "before the rename": 3,
-    "after the rename": 9,
+    "after the rename": 6,
     "half a line": 6,
-    "while evaluating": 9,
+    "while evaluating": 10,
     "": 12,
-    "while evaluating, averaging": 9,
+    "while evaluating, averaging": 10,
     ", averaging": 12,
 }
 

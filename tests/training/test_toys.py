@@ -344,13 +344,13 @@ class Reads:
 
 def test_an_accelerator_waits_every_25_steps_only(monkeypatch, tmp_path):
     """The steps of a run on the CPU that is told it is on an accelerator."""
-    from attn_notes.training import loop
+    from attn_notes.training import loop, stream
 
     class Constant(Augmented):
         def batches(self, epoch):
             return [list(range(i, i + 4)) for i in range(0, 20, 4)]
 
-    monkeypatch.setattr(loop, "check_batch", lambda *_: None)  # looks on the host
+    monkeypatch.setattr(stream, "check_batch", lambda *_: None)  # looks on the host
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.3), nn.Linear(3, 1))
     recipe = Recipe(
