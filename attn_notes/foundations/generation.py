@@ -10,7 +10,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .checks import InputError, check_ids, check_positive
@@ -27,28 +28,36 @@ def _generate(
     eos_token_id: int | None,
     pad_token_id: int,
     max_new_tokens: int | Int[Tensor, "b"],
-    scores: Callable[[Tensor], Tensor],
+    scores: Callable[[Tensor], Tensor] = lambda logits: logits,
+    done: Bool[Tensor, "b"] | None = None,
 ) -> Int[Tensor, "b t"]:
-    "The token with the highest of `scores(logits)` at every step."
+    "The token with the highest of `scores(logits)` at every step, in rows not `done`."
     check_ids(prompt, "prompt")
     lengths = max_lengths(max_new_tokens, len(prompt), prompt.device)
-    done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    invalid = torch.zeros((), dtype=torch.bool, device=prompt.device)
-    new, tokens = prompt, []
+    lost = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    done, new, tokens = lost if done is None else done, prompt, []
     for length in range(1, int(lengths.max()) + 1):
         logits, state = step(new, state)
-        ranking = scores(logits)
-        invalid = invalid | ranking.isnan().any()
-        new = ranking.argmax(-1, keepdim=True).masked_fill(done[:, None], pad_token_id)
+        lost = lost | (~logits.amax(-1).isfinite() & ~done)
+        new = scores(logits).argmax(-1, keepdim=True)
+        new = new.masked_fill(done[:, None], pad_token_id)
         tokens.append(new)
-        done = done | (lengths == length)
+        done = done | lost | (lengths == length)
         if eos_token_id is not None:
             done = done | (new[:, 0] == eos_token_id)
         if done.all():
             break
-    if invalid:
-        raise InputError("step: expected logits that are numbers; got NaN")
+    _refuse(lost)
     return torch.cat(tokens, dim=1)
+
+
+def _refuse(lost: Bool[Tensor, "*b"]) -> None:
+    "Raises `InputError` if a row is lost."
+    if lost.any():
+        raise InputError(
+            "step: expected logits of which the greatest is a finite number; "
+            "got NaN or infinity, or all tokens forbidden"
+        )
 
 # %% ../../nbs/foundations/06_generation.ipynb #0a125b5f
 @torch.no_grad()
@@ -68,17 +77,11 @@ def greedy_search(
 
     Returns the new tokens (b t) alone, the end token included, `pad_token_id` after it;
     with `eos_token_id` None no row ends before its limit. Raises `InputError` for a
-    prompt that is no batch of ids, limits below 1, and logits that are NaN.
+    prompt that is no batch of ids, limits below 1, and, in a row that has not ended,
+    logits that are NaN or infinite or forbid all tokens. One token is forbidden by a
+    logit of -inf.
     """
-    return _generate(
-        step,
-        state,
-        prompt,
-        eos_token_id,
-        pad_token_id,
-        max_new_tokens,
-        lambda logits: logits,
-    )
+    return _generate(step, state, prompt, eos_token_id, pad_token_id, max_new_tokens)
 
 # %% ../../nbs/foundations/06_generation.ipynb #677e4cf6
 def check_counts(**sizes: int) -> None:
@@ -111,7 +114,8 @@ def max_lengths(
     if not isinstance(limit, Tensor):
         check_counts(max_new_tokens=limit)
         _check_most(limit, max_tokens)
-        return torch.full((b,), limit, device=device)
+        most = torch.iinfo(torch.int32).max  # a larger limit is none
+        return torch.full((b,), min(limit, most), device=device)
     if limit.shape != (b,) or limit.is_floating_point() or limit.dtype == torch.bool:
         raise InputError(
             f"max_new_tokens: expected whole numbers of shape ({b},); "
@@ -157,14 +161,17 @@ def reorder_state(state: State, index: Int[Tensor, "r"], batch_dim: int = 0) -> 
 
 # %% ../../nbs/foundations/06_generation.ipynb #51213cc8
 def _extend(
-    log_p: Float[Tensor, "b k"], log_probs: Float[Tensor, "b k v"], eos_token_id: int
+    log_p: Float[Tensor, "b k"], logits: Float[Tensor, "b k v"], eos_token_id: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best 2k extensions of k hypotheses, best first, each (b 2k): the hypothesis
     that is extended, the token, the log p of those that go on and the log p of those
     that are complete; -inf where an extension is not of that kind."""
-    k, v = log_probs.shape[1:]
+    k, v = logits.shape[1:]
     each = min(2 * k, v)
-    best, token = log_probs.topk(each)  # b k 2k: the best 2k of all are among these
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    # b k 2k: the best 2k of all are among these
+    best, token = logits.log_softmax(-1, dtype=wide).topk(each)
+    best = best.masked_fill(best.isnan(), -torch.inf)  # all tokens are forbidden
     log_p, index = (log_p[..., None] + best).flatten(1).topk(min(2 * k, k * each))
     parent, token = index // each, token.flatten(1).gather(1, index)
     ends = token == eos_token_id
@@ -177,6 +184,11 @@ def _extend(
     )
 
 # %% ../../nbs/foundations/06_generation.ipynb #1abd487a
+def _widen(tokens: Int[Tensor, "b t"], width: int, pad_token_id: int) -> Tensor:
+    "`tokens` with padding up to `width`."
+    return F.pad(tokens, (0, width - tokens.shape[1]), value=pad_token_id)
+
+
 class _Finished:
     "The best complete hypothesis of each of b rows, and the rows that are done."
 
@@ -189,7 +201,8 @@ class _Finished:
     ) -> None:
         b, device = len(lengths), lengths.device
         self.max_lengths, self.length_penalty = lengths, length_penalty
-        self.tokens = torch.full((b, int(lengths.max())), pad_token_id, device=device)
+        self.pad_token_id = pad_token_id
+        self.tokens = torch.empty(b, 0, dtype=torch.long, device=device)
         self.score = torch.full((b,), -torch.inf, device=device)
         self.length = torch.zeros(b, dtype=torch.long, device=device)
         # scores of the k best complete hypotheses, best first
@@ -202,7 +215,8 @@ class _Finished:
         score, index = _score(log_p, length, self.length_penalty).max(-1)
         better = (score > self.score) & ~self.done
         chosen = tokens[torch.arange(len(tokens), device=tokens.device), index]
-        self.tokens = torch.where(better[:, None], chosen, self.tokens)
+        kept = _widen(self.tokens, length, self.pad_token_id)
+        self.tokens = torch.where(better[:, None], chosen, kept)
         self.score = torch.where(better, score, self.score)
         self.length = torch.where(better, length, self.length)
 
@@ -216,12 +230,7 @@ class _Finished:
         self.done = self.done | (self.top[:, -1] >= now) | (self.score >= at_most)
 
     def best(self) -> Int[Tensor, "b t"]:
-        "The best hypothesis of every row."
-        if (self.length == 0).any():
-            raise InputError(
-                "step: expected logits with at least one finite number in "
-                "every row; got none, or NaN"
-            )
+        "The best hypothesis of every row, padding where there is none."
         return self.tokens[:, : self.length.max()]
 
 # %% ../../nbs/foundations/06_generation.ipynb #3ff7f6dc
@@ -240,17 +249,20 @@ class _Beam:
         self.log_p = torch.full((len(lengths), k), -torch.inf, device=lengths.device)
         self.log_p[:, 0] = 0.0
         self.tokens = self.finished.tokens[:, None].repeat(1, k, 1)
+        self.invalid = torch.zeros_like(self.finished.done)
 
     def update(
-        self, log_probs: Float[Tensor, "b k v"], eos_token_id: int, length: int
+        self, logits: Float[Tensor, "b k v"], eos_token_id: int, length: int
     ) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b k"]]:
-        """Take the log p of the next token, number `length`; which hypotheses go on,
+        """Take the logits of the next token, number `length`; which hypotheses go on,
         and with which token."""
-        parent, token, going, ended = _extend(self.log_p, log_probs, eos_token_id)
-        tokens = self._pick(self.tokens, parent)
-        tokens[..., length - 1] = token
+        greatest = logits.amax(-1).masked_fill(self.log_p == -torch.inf, 0.0)
+        invalid = (greatest.isnan() | greatest.isposinf()).any(-1)
+        self.invalid = self.invalid | (invalid & ~self.finished.done)
+        parent, token, going, ended = _extend(self.log_p, logits, eos_token_id)
+        tokens = torch.cat([self._pick(self.tokens, parent), token[..., None]], dim=-1)
         self.finished.update_finished(tokens, ended, length)
-        self.log_p, index = going.topk(log_probs.shape[1])
+        self.log_p, index = going.topk(logits.shape[1])
         self.tokens = self._pick(tokens, index)
         self.finished.update_done(ended, self.log_p[:, 0], length)
         at_limit = self.finished.max_lengths == length
@@ -281,28 +293,37 @@ def beam_search(
     Arguments, result and errors as of `greedy_search`, which it equals for `num_beams`
     = 1; the prompt is given to `step` once for each row, then one column for each of b
     * num_beams hypotheses. A row's result does not depend on the others. Raises
-    `InputError` also for a negative length penalty.
+    `InputError` also for a length penalty that is no number from 0 to 10.
     """
     check_ids(prompt, "prompt")
     check_counts(num_beams=num_beams)
     b, device = len(prompt), prompt.device
     lengths = max_lengths(max_new_tokens, b, device)
-    if not length_penalty >= 0:
-        raise InputError(f"length_penalty must be at least 0; got {length_penalty}")
+    if not isinstance(length_penalty, (int, float)) or not 0 <= length_penalty <= 10:
+        raise InputError(
+            f"length_penalty: expected a number from 0 to 10; got {length_penalty!r}"
+        )
     beam = _Beam(lengths, num_beams, pad_token_id, length_penalty)
     first = torch.arange(b, device=device)[:, None] * num_beams
     rows = torch.arange(b, device=device).repeat_interleave(num_beams)
-    logits, state = reorder_state(step(prompt, state), rows)
+    logits, now = reorder_state(step(prompt, state), rows)
     for length in range(1, int(lengths.max()) + 1):
         if length > 1:
-            state = reorder_state(state, (first + parent).flatten())
-            logits, state = step(token.reshape(-1, 1), state)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        log_probs = logits.log_softmax(-1, dtype=dtype).unflatten(0, (b, num_beams))
-        parent, token = beam.update(log_probs, eos_token_id, length)
+            now = reorder_state(now, (first + parent).flatten())
+            logits, now = step(token.reshape(-1, 1), now)
+        logits = logits.unflatten(0, (b, num_beams))
+        parent, token = beam.update(logits, eos_token_id, length)
         if beam.finished.done.all():
             break
-    return beam.finished.best()
+    _refuse(beam.invalid)
+    found, some = beam.finished.best(), beam.finished.length > 0
+    if not some.all():
+        ends = eos_token_id, pad_token_id, lengths
+        greedy = _generate(step, state, prompt, *ends, done=some)
+        width = max(found.shape[1], greedy.shape[1])
+        found, greedy = (_widen(x, width, pad_token_id) for x in (found, greedy))
+        found = torch.where(some[:, None], found, greedy)
+    return found
 
 # %% ../../nbs/foundations/06_generation.ipynb #ac1a4243
 def sampling_probs(

@@ -209,6 +209,123 @@ def test_every_row_has_its_own_limit(limits, beams, seed, endless, alpha):
     )
 
 
+# tokens that the step forbids, and hypotheses that lead nowhere
+
+
+def forbidding(count, seed, share):
+    "Random models that forbid tokens; after some pairs of tokens, all of them."
+    models, draw = tables(count, seed), torch.Generator().manual_seed(seed)
+    models[torch.rand(models.shape, generator=draw) < share] = -torch.inf
+    models[torch.rand(models.shape[:-1], generator=draw) < share / 2] = -torch.inf
+    return models
+
+
+def possible(sentence, table):
+    tokens = [BOS, BOS, *sentence]
+    triples = zip(tokens[:-2], tokens[1:-1], tokens[2:], strict=True)
+    return all(table[triple].isfinite() for triple in triples)
+
+
+@given(
+    st.integers(0, 999),
+    st.integers(1, 4),
+    st.sampled_from([0.2, 0.5, 0.8]),
+    st.sampled_from([1, 2, 3, 40]),
+    st.sampled_from([0.0, 1.0]),
+)
+@settings(max_examples=150)
+def test_what_the_step_forbids_is_never_generated(seed, limit, share, k, alpha):
+    """A beam gives something wherever greedy search does, never a forbidden token; a
+    wide one the best of all; both an error, and nothing else, where there is none."""
+    models = forbidding(1, seed, share)
+    (table,) = models
+    outcomes = []
+    for options in ({}, {"num_beams": k, "length_penalty": alpha}):
+        try:
+            (found,) = unpadded(search(models, limit, **options))
+        except InputError as error:
+            assert "finite number" in str(error)
+            found = None
+        assert found is None or possible(found, table)
+        outcomes.append(found)
+    greedy, beam = outcomes
+    assert beam is not None or greedy is None
+    sentences = [s for s in everything(limit) if possible(s, table)]
+    assert beam is None or beam in sentences
+    if k == 40 and sentences:
+        best = max(score(other, table, alpha) for other in sentences)
+        assert abs(score(beam, table, alpha) - best) < 1e-9
+
+
+@given(st.integers(0, 999), st.sampled_from([None, 1, 2, 3]))
+@settings(max_examples=25)
+def test_a_row_that_leads_nowhere_is_no_other_rows_concern(seed, k):
+    "Together as alone, or an error if one of them has none alone."
+    models = forbidding(3, seed, 0.4)
+    options = {} if k is None else {"num_beams": k}
+    try:
+        alone = [unpadded(search(models[i : i + 1], 4, **options))[0] for i in range(3)]
+    except InputError:
+        with pytest.raises(InputError, match="finite number"):
+            search(models, 4, **options)
+    else:
+        assert unpadded(search(models, 4, **options)) == alone
+
+
+def test_a_beam_that_leads_nowhere_falls_back_on_greedy_search():
+    """Two hypotheses push the greedy one out of the beam, and then may not go on."""
+    table = torch.full((1, V, V, V), -torch.inf)
+    table[:, BOS, BOS, [3, 4]] = torch.tensor([0.51, 0.49]).log()
+    table[:, BOS, 3, [0, 3, 4]] = torch.tensor([0.34, 0.33, 0.33]).log()
+    table[:, BOS, 4, [1, 3]] = torch.tensor([0.5, 0.5]).log()
+    table[:, 3, 0, EOS] = 0.0
+    expected = [[3, 0, EOS]]
+    assert search(table, 5).tolist() == expected
+    assert search(table, 5, num_beams=2).tolist() == expected
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_nan_after_a_finished_hypothesis(k, wrong):
+    "An end was likely at the first step; what the others become is not to be known."
+
+    def step(tokens, t):
+        logits = torch.tensor([-torch.inf, -torch.inf, 1.0, 1.5, 0.5])
+        logits = logits.repeat(len(tokens), 1)
+        logits[:, 3] += torch.where(t > 0, wrong, 0.0)
+        return logits, t + 1
+
+    start = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(InputError, match="NaN"):
+        beam_search(step, start, bos(1), EOS, PAD, 6, k, length_penalty=3.0)
+
+
+@pytest.mark.parametrize("method", [greedy_search, beam_search, sample])
+@pytest.mark.parametrize("wrong", [torch.nan, -torch.inf, torch.inf])
+def test_what_a_finished_row_would_become_does_not_matter(method, wrong):
+    def step(tokens, t):
+        sure = torch.tensor([-torch.inf, -torch.inf, 0.0, -torch.inf, -torch.inf])
+        open_ = torch.tensor([-torch.inf, -torch.inf, -torch.inf, 0.0, -torch.inf])
+        logits = torch.stack([sure if t[0] == 0 else sure + wrong, open_])
+        return logits.repeat_interleave(len(tokens) // 2, 0), t + 1
+
+    start = torch.zeros(2, dtype=torch.long)
+    found = method(step, start, bos(2), EOS, PAD, torch.tensor([4, 3]))
+    assert found.tolist() == [[EOS, PAD, PAD], [3, 3, 3]]
+
+
+@pytest.mark.parametrize("method", [greedy_search, beam_search, sample])
+def test_no_limit_to_speak_of(method):
+    def step(tokens, t):
+        logits = torch.full((len(tokens), V), -torch.inf)
+        logits[:, EOS if t[0] == 4 else 3] = 0.0
+        return logits, t + 1
+
+    start = torch.zeros(2, dtype=torch.long)
+    found = method(step, start, bos(2), EOS, PAD, 10**30)
+    assert found.tolist() == [[3, 3, 3, 3, EOS]] * 2
+
+
 METHODS = [greedy_search, beam_search, sample]
 
 
@@ -799,10 +916,8 @@ def test_scores_that_are_no_numbers(method):
         scores[0, 3] += next(once)
         return scores, state
 
-    if method is not beam_search:
-        with pytest.raises(InputError, match="NaN"):
-            method(partly, None, bos(2), EOS, PAD, 5)
+    with pytest.raises(InputError, match="NaN"):
+        method(partly, None, bos(2), EOS, PAD, 5)
     nothing = lambda tokens, state: (torch.full((len(tokens), V), -torch.inf), state)
-    if method is not greedy_search:
-        with pytest.raises(InputError, match="numbers|finite number"):
-            method(nothing, None, bos(1), EOS, PAD, 5)
+    with pytest.raises(InputError, match="finite number"):
+        method(nothing, None, bos(1), EOS, PAD, 5)
