@@ -4,13 +4,11 @@
 __all__ = ['ACTIVATIONS', 'POSITIONS', 'State', 'TORCH_NAMES', 'TORCH_FORMAT', 'MARIAN_NAMES', 'MARIAN_FORMAT', 'TINY',
            'TINY_RECIPE', 'BIG', 'TransformerConfig', 'TransformerEmbedding', 'DecoderBlock', 'PostNormDecoderBlock',
            'PreNormDecoderBlock', 'stack_parts', 'TransformerDecoder', 'PaperSearch', 'Transformer', 'marian_to_ours',
-           'marian_config', 'MarianVocabulary', 'paper_recipe']
+           'marian_config', 'paper_recipe']
 
 # %% ../../nbs/sequence/04_transformer.ipynb #e4ac69aa
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +31,6 @@ from attn_notes.foundations.checks import (
     check_pair,
     check_positive,
     check_probability,
-    require_package,
 )
 from ..foundations.initialization import init_xavier_
 from ..foundations.packing import run_packed
@@ -385,45 +382,6 @@ MARIAN_FORMAT = CheckpointFormat(
     config=marian_config,
     ignore=("*.embed_tokens.weight", "*.embed_positions.weight", "lm_head.weight"),
 )
-
-# %% ../../nbs/sequence/04_transformer.ipynb #13c32e32
-#| code-fold: true
-class MarianVocabulary:
-    """One side of a Marian folder: the pieces of `source.spm` or `target.spm`, with the
-    ids of `vocab.json`. A task of translation takes two of them as its vocabularies.
-
-    Raises `ConfigError` without sentencepiece."""
-
-    def __init__(
-        self, folder: str | Path, side: str = "source", language: str = "en"
-    ) -> None:
-        require_package("sentencepiece", "text")
-        from sentencepiece import SentencePieceProcessor
-
-        self.language, folder = language, Path(folder)
-        self.model = SentencePieceProcessor(model_file=str(folder / f"{side}.spm"))
-        self.index = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        self.tokens = sorted(self.index, key=self.index.__getitem__)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def encode(self, text: str) -> list[int]:
-        "The ids of the pieces of `text`, and of the end token behind them."
-        pieces = [*self.model.encode(text, out_type=str), "</s>"]
-        return [self.index.get(piece, self.index["<unk>"]) for piece in pieces]
-
-    def oov_tokens(self, text: str) -> list[str]:
-        "The pieces of `text` that have no id."
-        pieces = self.model.encode(text, out_type=str)
-        return [piece for piece in pieces if piece not in self.index]
-
-    def decode(self, ids: list[int]) -> str:
-        "The text of ids up to the end token; padding is left out."
-        pieces = [self.tokens[i] for i in ids]
-        if "</s>" in pieces:
-            pieces = pieces[: pieces.index("</s>")]
-        return self.model.decode([p for p in pieces if p != "<pad>"])
 
 # %% ../../nbs/sequence/04_transformer.ipynb #f9c900fb
 #| code-fold: true
