@@ -81,6 +81,8 @@ def number(name: str, value: Any) -> float:
 
     Raises `ConfigError` for anything else."""
     try:
+        if hasattr(value, "item"):
+            value = value.item()
         return value if type(value) in (int, float) else float(value)
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"{name}: expected a number; got {value!r:.60}") from None
