@@ -26,6 +26,7 @@ from attn_notes.foundations.checks import (
     unknown_name_error,
 )
 from .zoo.factory import create_model
+from .zoo.files import atomic_folder, to_path
 from .zoo.registry import list_models, model_info, override, read_index
 
 # %% ../nbs/cli.ipynb #76f0ab90
@@ -101,11 +102,13 @@ def _recipe(arguments: argparse.Namespace) -> Any:
         name: getattr(recipe, name) * steps // recipe.max_steps
         for name in ("warmup_steps", "average_every")
     }
+    least = int(recipe.schedule == "inverse_square_root")  # which begins with a rise
     return replace(
         recipe,
+        checkpoint_every=arguments.save_every or recipe.checkpoint_every,
         seed=recipe.seed if arguments.seed is None else arguments.seed,
         max_steps=steps,
-        warmup_steps=share["warmup_steps"],
+        warmup_steps=max(least, share["warmup_steps"]),
         average_every=max(1, share["average_every"]),
         average_last=recipe.average_last and min(recipe.average_last, steps),
     )
@@ -114,16 +117,14 @@ def _recipe(arguments: argparse.Namespace) -> Any:
 def _check_output(output: Path, resume: bool) -> None:
     """Refuse a folder that can not be written, holds something that is not to be
     resumed, or holds no run that is."""
-    from attn_notes.training.checkpoints import writable_folder
+    from attn_notes.training.run_folder import run_folder
 
-    if resume and not (output / "checkpoint.pt").is_file():
-        raise ConfigError(f"--resume: expected a checkpoint in {output}; got none")
-    if not resume and output.is_dir() and any(output.iterdir()):
-        raise ConfigError(
-            f"--output: {output} is not empty; --resume continues a run in it, another "
-            "folder starts a new one"
-        )
-    writable_folder(output)
+    with run_folder(output, resume):
+        if not resume and any(output.iterdir()):
+            raise ConfigError(
+                f"--output: {output} is not empty; --resume continues a run in it, "
+                "another folder starts a new one"
+            )
 
 # %% ../nbs/cli.ipynb #9a65afc9
 def _task(arguments: argparse.Namespace, seed: int) -> Any:
@@ -166,8 +167,11 @@ def _interrupted(output: Path) -> str:
 # %% ../nbs/cli.ipynb #8cf3a4aa
 def train_command(arguments: argparse.Namespace) -> int:
     """Train a model on a data set and save it, with its task, into a folder."""
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
-    recipe, output = _recipe(arguments), arguments.output
+    from attn_notes.training.processes import launched_rank
+
+    first = launched_rank() == 0  # of the processes that torchrun started
+    output = arguments.output = to_path(arguments.output)
+    recipe = _recipe(arguments)
     if first:
         _check_output(output, arguments.resume)
     task, model = _prepare(arguments, recipe)
@@ -178,8 +182,9 @@ def train_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(output)) from None
     if first:
-        task.save(output)
-        model.save_pretrained(output)
+        with atomic_folder(output) as part:  # the model with its task, or neither
+            task.save(part)
+            model.save_pretrained(part, repo_id=output.name)
         print("  ".join(f"{key} {value:.4g}" for key, value in history[-1].items()))
         print(
             f"saved in {output}; try: "
@@ -383,7 +388,14 @@ def _add_training(commands: Any) -> None:
         "--max-steps",
         type=at_least_one,
         metavar="N",
-        help="instead of the recipe's; the warm-up and the average shrink with it",
+        help="instead of the recipe's; the warm-up and the average shrink with it; more "
+        "of them lengthen a finished run that --resume continues",
+    )
+    one.add_argument(
+        "--save-every",
+        type=at_least_one,
+        metavar="N",
+        help="steps between two checkpoints, instead of the recipe's",
     )
     one.set_defaults(run=train_command)
 
