@@ -4,6 +4,7 @@
 __all__ = ['token_cross_entropy', 'smoothing_of_others']
 
 # %% ../../nbs/training/01_losses.ipynb #d8b615ba
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,6 +12,17 @@ from torch import Tensor
 from ..foundations.checks import ConfigError
 
 # %% ../../nbs/training/01_losses.ipynb #ed181f90
+def _smoothed_over_allowed(
+    logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"], ignored: int, share: float
+) -> Float[Tensor, ""]:
+    "The smoothed sum, with the share spread over the tokens whose logit is not -inf."
+    log_p = logits.log_softmax(-1)
+    forbidden = log_p.detach() == -torch.inf
+    others = log_p.masked_fill(forbidden, 0).sum(-1) / (~forbidden).sum(-1)
+    true = F.nll_loss(log_p, labels, ignore_index=ignored, reduction="sum")
+    return (1 - share) * true - share * others.masked_fill(labels == ignored, 0).sum()
+
+
 def token_cross_entropy(
     logits: Float[Tensor, "*n v"],
     labels: Int[Tensor, "*n"],
@@ -21,16 +33,20 @@ def token_cross_entropy(
     how many these are.
 
     Labels equal to `ignore_index` do not count. `label_smoothing` spreads that share of
-    the target uniformly over the vocabulary (Vaswani et al. 2017, section 5.4);
-    `smoothing_of_others` gives the share with which only the wrong tokens get some.
+    the target uniformly over the vocabulary (Vaswani et al. 2017, section 5.4), without
+    tokens that a logit of -inf forbids; `smoothing_of_others` gives the share with
+    which only the wrong tokens get some.
     """
+    rows, wanted = logits.flatten(0, -2), labels.flatten()
     loss = F.cross_entropy(
-        logits.flatten(0, -2),
-        labels.flatten(),
+        rows,
+        wanted,
         ignore_index=ignore_index,
         reduction="sum",
         label_smoothing=label_smoothing,
     )
+    if label_smoothing and loss.isinf():
+        loss = _smoothed_over_allowed(rows, wanted, ignore_index, label_smoothing)
     return loss, (labels != ignore_index).sum()
 
 # %% ../../nbs/training/01_losses.ipynb #c115b25d

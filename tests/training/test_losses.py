@@ -81,3 +81,22 @@ def test_under_autocast_the_sum_is_float32(dtype):
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = token_cross_entropy(logits, torch.ones(2, 3, dtype=torch.long))
     assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1, 0.5])
+def test_forbidden_tokens_are_as_if_they_were_not_there(eps):
+    "Loss and gradient; a label that is forbidden has an infinite loss."
+    torch.manual_seed(0)
+    kept, labels = torch.tensor([0, 2, 3, 5]), torch.tensor([[0, 1, 3], [2, 9, 9]])
+    small = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    logits = torch.full((2, 3, 6), -torch.inf, dtype=torch.float64)
+    logits = logits.index_copy(-1, kept, small)
+    wide = kept[labels.clamp(max=3)].where(labels != 9, 9)
+    expected, _ = token_cross_entropy(small, labels, 9, eps)
+    found, count = token_cross_entropy(logits, wide, 9, eps)
+    assert torch.allclose(found, expected) and count == 4
+    a, b = (
+        torch.autograd.grad(x, small, retain_graph=True)[0] for x in (found, expected)
+    )
+    assert torch.allclose(a, b)
+    assert token_cross_entropy(logits, torch.ones_like(wide), 9, eps)[0] == torch.inf
