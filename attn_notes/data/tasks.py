@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .marian import MARIAN_FILES
 from .translation import LANGUAGES
 from attn_notes.foundations.checks import (
     CheckpointError,
@@ -24,14 +25,18 @@ from ..training.checkpoints import atomic_write
 # %% ../../nbs/data/05_tasks.ipynb #46ab1a06
 @dataclass(frozen=True)
 class TaskKind:
-    """Where a kind of task is defined, and the data sets that it can be made of."""
+    """Where a kind of task is defined, the data sets that it can be made of, and the
+    files by which it knows a folder of another library."""
 
     module: str
     data: tuple[str, ...] = ()  # the first is taken when none is named
+    foreign: tuple[str, ...] = ()  # read by the class method `load_foreign`
 
 
 KINDS = {
-    "translation": TaskKind("attn_notes.data.translation_task", tuple(LANGUAGES)),
+    "translation": TaskKind(
+        "attn_notes.data.translation_task", tuple(LANGUAGES), MARIAN_FILES
+    ),
 }
 _CLASSES: dict[str, Any] = {}
 
@@ -131,17 +136,23 @@ def read_task(folder: str | Path, kind: str | None = None) -> Generator[dict[str
         yield stored
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected a task; got no file") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a {kind or 'known'} task; could not read it: {error}"
         ) from None
 
 
 def load_task(folder: str | Path, data_dir: str | Path | None = None) -> Any:
-    """The task that `save` wrote into a folder, of whatever kind.
+    """The task that `save` wrote into a folder, of whatever kind; or the one that the
+    files of another library stand for, such as the vocabularies of Marian.
 
     Raises `CheckpointError` if there is none, or it can not be read.
     """
+    folder = Path(folder)
+    if not (folder / TASK_FILE).exists():
+        for kind, known in KINDS.items():
+            if known.foreign and all((folder / f).is_file() for f in known.foreign):
+                return task_class(kind).load_foreign(folder)
     with read_task(folder) as stored:
         found = task_class(stored["kind"])
     return found.load(folder, data_dir)

@@ -4,7 +4,7 @@
 __all__ = ['JOINED_COUNTS', 'PAPER_VOCABULARIES', 'PAPER_SUBWORDS', 'MAX_TEXT', 'read_pairs', 'PairSplits', 'build_vocabularies',
            'EncodedPairs', 'check_vocabularies', 'within_length', 'EncodedSplits', 'FittedSplits', 'inference',
            'pair_loss', 'length_batches', 'token_loss', 'bleu_metric', 'translation_scores', 'translate', 'check_texts',
-           'encode_texts', 'Translator', 'StoredTranslator', 'TranslationTask']
+           'check_sizes', 'encode_texts', 'Translator', 'StoredTranslator', 'TranslationTask']
 
 # %% ../../nbs/data/06_translation_task.ipynb #d49c9633
 import re
@@ -32,6 +32,7 @@ from attn_notes.data.batching import (
     collate_pairs,
     pad_ids,
 )
+from .marian import marian_vocabularies
 from .phrases import TranslationPair
 from .tasks import read_task, register_task, write_task
 from attn_notes.data.translation import (
@@ -243,6 +244,7 @@ class EncodedSplits(PairSplits):
         )
         self.shared_vocabulary = shared_vocabulary
         self._ids: dict[str, EncodedPairs] = {}
+        self.foreign = False  # made of another library's folder, without pairs
         self._max_new_tokens: int | None = None
 
     @property
@@ -299,12 +301,13 @@ class FittedSplits(EncodedSplits):
         if not keep.all():
             self.leave_out("train", keep)
             self._ids["train"] = self.dataset("train").filter(keep)
-        self._max_new_tokens = min(self.max_new_tokens, max_length)
+        self._max_new_tokens = min(self.max_new_tokens or max_length, max_length)
 
     @property
-    def max_new_tokens(self) -> int:
-        """The bound on a translation: the longest training target and a quarter."""
-        if self._max_new_tokens is None:
+    def max_new_tokens(self) -> int | None:
+        """The bound on a translation: the longest training target and a quarter. None
+        for what was trained elsewhere: then it is for the model to say."""
+        if self._max_new_tokens is None and not self.foreign:
             longest = int(self.dataset("train").lengths[:, 1].max())
             self._max_new_tokens = 1 + 5 * longest // 4  # 1 for <eos>
         return self._max_new_tokens
@@ -451,6 +454,17 @@ def check_texts(texts: Any) -> list[str]:
     return texts
 
 
+def check_sizes(model: nn.Module, vocabularies: Sequence[Vocabulary]) -> None:
+    """Raises `ConfigError` for vocabularies of other sizes than the model's."""
+    for side, vocabulary in zip(("source", "target"), vocabularies, strict=True):
+        size = getattr(getattr(model, "config", None), f"{side}_vocab_size", None)
+        if size not in (None, len(vocabulary)):
+            raise ConfigError(
+                f"{side} vocabulary: expected {size} tokens, as the model has; "
+                f"got {len(vocabulary)}"
+            )
+
+
 def encode_texts(
     texts: list[str], vocabulary: Vocabulary, max_tokens: int
 ) -> list[list[int]]:
@@ -479,6 +493,7 @@ class Translator(FittedSplits):
         self, model: nn.Module, sources: Sequence, num_beams: int = 1, **options: Any
     ) -> list[str]:
         """Translations of rows of source ids, in their order."""
+        check_sizes(model, self.vocabularies)
         options |= {"max_new_tokens": self.max_new_tokens, "num_beams": num_beams}
         return translate(model, sources, self.target_vocab, **options)
 
@@ -569,6 +584,13 @@ class TranslationTask(StoredTranslator):
     """Translate: pairs in three splits and two vocabularies, for training and use."""
 
     label_smoothing, average_over, sampler = 0.0, "tokens", None
+
+    @classmethod
+    def load_foreign(cls, folder: str | Path) -> "TranslationTask":
+        """The task of a Marian folder: its vocabularies. Raises `CheckpointError`."""
+        task = cls(*marian_vocabularies(folder), shared_vocabulary=True)
+        task.foreign = True
+        return task
 
     def setup(self, recipe: Any) -> None:
         """How to cut batches and smooth labels, and what the loss is averaged over."""

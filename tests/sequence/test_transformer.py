@@ -29,7 +29,6 @@ from attn_notes.sequence.encoder_decoder import EncoderDecoder
 from attn_notes.sequence.transformer import (
     MARIAN_FORMAT,
     TORCH_FORMAT,
-    MarianVocabulary,
     Transformer,
     TransformerConfig,
 )
@@ -434,73 +433,6 @@ def test_weights_that_the_model_has_no_place_for_are_listed(without, named):
 
 # ---- equal to Marian of transformers, which has embeddings and a cache of its own
 
-ENGLISH = [
-    "the cat sees the dog",
-    "a dog sees a cat",
-    "the dogs see",
-    "a cat and a dog",
-]
-GERMAN = ["die Katze sieht den Hund", "ein Hund sieht eine Katze", "die Hunde sehen"]
-
-
-def write_vocabulary(folder, vocab_size=30):
-    """Two small sentencepiece models, and one table of ids as Marian has it: the end
-    token first, the padding last."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    index = {"</s>": 0, "<unk>": 1}
-    for side, texts in (("source", ENGLISH), ("target", GERMAN)):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts * 5),
-            model_prefix=str(folder / side),
-            vocab_size=20,
-            hard_vocab_limit=False,
-            bos_id=-1,
-            minloglevel=2,
-        )
-        (folder / f"{side}.model").rename(folder / f"{side}.spm")
-        lines = (folder / f"{side}.vocab").read_text("utf-8").splitlines()
-        for piece in [line.split("\t")[0] for line in lines][2:]:
-            if len(index) < vocab_size - 1:
-                index.setdefault(piece, len(index))
-    index["<pad>"] = len(index)
-    (folder / "vocab.json").write_text(json.dumps(index), encoding="utf-8")
-    return len(index)
-
-
-@pytest.fixture(scope="module")
-def marian(tmp_path_factory):
-    """Marian of transformers, shaken, and the folder that it writes, with sentencepiece
-    models as on the hub."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("opus-mt-en-de")
-    vocab_size = write_vocabulary(folder)
-    config = transformers.MarianConfig(
-        vocab_size=vocab_size,
-        d_model=12,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=3,
-        decoder_attention_heads=3,
-        encoder_ffn_dim=20,
-        decoder_ffn_dim=20,
-        activation_function="swish",
-        scale_embedding=True,
-        max_position_embeddings=24,
-        pad_token_id=vocab_size - 1,
-        eos_token_id=0,
-        decoder_start_token_id=vocab_size - 1,
-        forced_eos_token_id=None,
-    )
-    torch.manual_seed(19)  # one whose sentences end at different positions
-    reference = transformers.MarianMTModel(config).eval()
-    for name, parameter in reference.named_parameters():
-        if "embed_positions" not in name:
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    reference.final_logits_bias += 0.5 * torch.randn(1, vocab_size)
-    reference.final_logits_bias[0, 0] = 1
-    reference.save_pretrained(folder)
-    return reference.double(), folder
-
 
 @pytest.fixture(scope="module")
 def ours(marian):
@@ -567,23 +499,6 @@ def test_marian_files_of_the_hub_load(marian, ours, tmp_path):
     assert loaded.config == ours.config
     for name, value in ours.state_dict().items():
         assert torch.equal(loaded.state_dict()[name].double(), value), name
-
-
-def test_marian_vocabulary(marian, recwarn):
-    transformers = pytest.importorskip("transformers")
-    folder, names = marian[1], ("source.spm", "target.spm", "vocab.json")
-    theirs = transformers.MarianTokenizer(*(str(folder / name) for name in names))
-    source, target = (MarianVocabulary(folder, side) for side in ("source", "target"))
-    for text in (*ENGLISH, "cats see dogs", "der Tag"):
-        assert source.encode(text) == theirs(text).input_ids
-        assert target.encode(text) == theirs(text_target=text).input_ids
-    for text in GERMAN:
-        ids = target.encode(text) + [target.index["<pad>"]]
-        expected = theirs.spm_target.decode(theirs.spm_target.encode(text))
-        if not target.oov_tokens(text):
-            assert target.decode(ids) == expected == text
-    assert source.oov_tokens("x")[-1] == "x" and not source.oov_tokens("the cat")
-    assert len(source) == len(target) == len(theirs)
 
 
 @pytest.mark.no_shapes
