@@ -6,7 +6,6 @@
 __all__ = ['EncoderDecoder', 'check_source', 'generate', 'example_pair']
 
 # %% ../../nbs/sequence/00_encoder_decoder.ipynb #4eebffcf
-import warnings
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from attn_notes.foundations.generation import (
     greedy_search,
     max_lengths,
 )
-from ..foundations.masks import check_right_padding
+from ..foundations.masks import check_right_padding, warn_of_padding
 from ..zoo.hub import PretrainedMixin
 
 # %% ../../nbs/sequence/00_encoder_decoder.ipynb #51f37310
@@ -106,12 +105,8 @@ def check_source(
         check_mask_shape(attention_mask, input_ids.shape, "attention_mask")
         check_mask_rows(attention_mask, "attention_mask")
         check_right_padding(attention_mask, "attention_mask")
-    elif (input_ids == config.pad_token_id).any():
-        warnings.warn(
-            f"input_ids: padding ({config.pad_token_id}) and no attention_mask; "
-            "the padding is read as tokens",
-            stacklevel=4,
-        )
+    else:
+        warn_of_padding(input_ids, config.pad_token_id)
 
 # %% ../../nbs/sequence/00_encoder_decoder.ipynb #5fa10c75
 def generate(

@@ -19,6 +19,7 @@ from attn_notes.foundations.checks import (
     check_id_values,
     check_mask_rows,
 )
+from ..foundations.masks import check_right_padding, warn_of_padding
 from .recipes import Recipe
 
 # %% ../../nbs/training/04_tasks.ipynb #59e511c1
@@ -124,6 +125,8 @@ def _check_tensor(path: Sequence, values: Tensor, config: Any) -> None:
     elif values.dtype == torch.bool:
         if name.endswith("mask"):
             check_mask_rows(values if values.dim() < 3 else values.flatten(1), label)
+        if name.endswith("attention_mask") and values.dim() == 2:
+            check_right_padding(values, label)
     else:
         _check_length(name, values, config, label)
         if size := _size(name, values, config):
@@ -137,9 +140,13 @@ def check_batch(batch: Any, config: Any = None) -> None:
 
     Raises `InputError` for an empty tensor or list (a tensor of one example, as the
     boxes of an image, may be empty), an id outside the vocabulary or the classes of the
-    configuration, more tokens than it has positions, a mask that hides a whole row, or
-    a number that is not finite.
+    configuration, more tokens than it has positions, a mask that hides a whole row or
+    has padding elsewhere than on the right, or a number that is not finite. Warns of
+    padding in a source without a mask.
     """
+    if isinstance(batch, Mapping) and {"input_ids", "decoder_input_ids"} <= set(batch):
+        if batch.get("attention_mask") is None:
+            warn_of_padding(batch["input_ids"], getattr(config, "pad_token_id", None))
 
     def check(path, leaf):
         if isinstance(leaf, Tensor):
