@@ -388,8 +388,8 @@ def _add_training(commands: Any) -> None:
         "--max-steps",
         type=at_least_one,
         metavar="N",
-        help="instead of the recipe's; the warm-up and the average shrink with it; more "
-        "of them lengthen a finished run that --resume continues",
+        help="instead of the recipe's; the warm-up and the average shrink with it; "
+        "more of them lengthen a finished run that --resume continues",
     )
     one.add_argument(
         "--save-every",

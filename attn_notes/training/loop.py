@@ -7,7 +7,6 @@ __all__ = ['evaluate', 'Run', 'look', 'finish', 'save', 'restore', 'prepare', 't
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from attn_notes.foundations.checks import (
-    CheckpointError,
-    ConfigError,
-    InputError,
-)
+from ..foundations.checks import CheckpointError
 from .checkpoints import interruptible
 from attn_notes.training.history import (
     History,
