@@ -161,7 +161,7 @@ class Learner:
         else:
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-        return norm if self.accelerator.scaler is None else torch.zeros(())
+        return norm if self.accelerator.scaler is None else torch.zeros_like(norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer and average. The averaged weights, where there are some by

@@ -7,7 +7,6 @@ __all__ = ['CHECKPOINT', 'METRICS', 'run_folder', 'describe_run', 'load_run', 'c
 
 # %% ../../nbs/training/13_run_folder.ipynb #6cb282b7
 import json
-import resource
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -188,6 +187,8 @@ def checkpoint_bytes(model: nn.Module, recipe: Recipe) -> int:
 
 def check_room(folder: Path, size: int) -> None:
     """Raises `ConfigError` where checkpoints of so many bytes have no room."""
+    import resource
+
     old = folder / CHECKPOINT
     need = 2 * size - (old.stat().st_size if old.is_file() else 0)
     free = shutil.disk_usage(folder).free

@@ -108,7 +108,8 @@ def _let_go() -> None:
         os.close(_HELD.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"):  # where there are forks
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
