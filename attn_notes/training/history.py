@@ -135,7 +135,12 @@ class RunFiles(_Tracked):
             first = {"tensorboard": {"purge_step": step}}
             start = self.accelerator.init_trackers
             self.track(start, "tensorboard", init_kwargs=first)
-        return [json.loads(line) for line in known.splitlines()]
+        try:
+            return [json.loads(line) for line in known.splitlines()]
+        except ValueError:
+            raise CheckpointError(
+                f"{path}: expected a row a line; got others"
+            ) from None
 
     def writing(self) -> AbstractContextManager[None]:
         """Raises `CheckpointError` with what to do when the disk refuses."""

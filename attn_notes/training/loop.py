@@ -157,17 +157,17 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         )
     try:
         run.learner.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:
+        generators = state["random"][run.processes.rank]
+        torch.set_rng_state(generators["cpu"])
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(generators["cuda"], run.accelerator.device)
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"the checkpoint in {folder} is of another model: {reason}"
         ) from None
     run.stream.epoch, run.stream.position = state["epoch"], state["position"]
     run.begun = time.perf_counter() - state["seconds"]
-    generators = state["random"][run.processes.rank]
-    torch.set_rng_state(generators["cpu"])
-    if run.accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(generators["cuda"], run.accelerator.device)
 
 # %% ../../nbs/training/06_loop.ipynb #e6c76dd8
 def prepare(run: Run, state: dict[str, Any] | None) -> None:

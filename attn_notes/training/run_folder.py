@@ -142,11 +142,19 @@ def describe_run(
     return json.loads(json.dumps(about, default=str))
 
 
+_STATE = {"run": dict, "step": int, "epoch": int, "position": int, "metrics": int}
+_STATE |= {"seconds": float, "random": list, "row": (dict, type(None))}
+
+
 def load_run(folder: Path) -> dict[str, Any]:
     """The checkpoint of a run. Raises `CheckpointError` when it is none."""
-    state = load_checkpoint(folder / CHECKPOINT)
-    keys = {"run", "step", "random", "metrics", "row"}
-    if not isinstance(state, dict) or not state.keys() >= keys:
+    state: Any = load_checkpoint(folder / CHECKPOINT)
+    whole = isinstance(state, dict) and all(
+        isinstance(state.get(name, ...), kind) for name, kind in _STATE.items()
+    )
+    about = state["run"] if whole else {}
+    parts = [about.get(part) for part in ("recipe", "model", "task")]
+    if not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{folder / CHECKPOINT} is not a checkpoint of a run")
     return state
 
@@ -164,7 +172,7 @@ def check_same_run(folder: Path, state: dict[str, Any], about: dict[str, Any]) -
 
     Raises `CheckpointError`, with what differs, unless it is the checkpoint's run."""
     then, steps = state["run"], about["recipe"]["max_steps"]
-    lengthened = steps > then["recipe"]["max_steps"] == state["step"]
+    lengthened = steps > state["step"] == then["recipe"].get("max_steps")
     free = {"recipe": _FREE | (_OF_LENGTH if lengthened else set())}
     changed = {
         what: _changed(then[what], about[what], free.get(what, set()))

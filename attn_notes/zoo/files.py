@@ -27,9 +27,9 @@ from ..foundations.checks import CheckpointError, ConfigError
 # %% ../../nbs/zoo/01_files.ipynb #05b5d4c3
 def to_path(path: str | os.PathLike) -> Path:
     """The path that is meant: `~` is the home folder. Raises `ConfigError` for what is
-    no path, and for the home of nobody."""
+    no path, an empty one, and the home of nobody."""
     try:
-        if "\0" in os.fspath(path):
+        if "\0" in os.fspath(path) or path == "":
             raise TypeError
         return Path(path).expanduser()
     except (TypeError, RuntimeError):
@@ -233,7 +233,7 @@ def _read_index(path: Path) -> dict[str, Tensor]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         where = {str(key): str(shard) for key, shard in index["weight_map"].items()}
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is cut short or no index of shards") from None
     state: dict[str, Tensor] = {}
     for shard in sorted(set(where.values())):

@@ -241,6 +241,37 @@ def test_home_is_home(tmp_path, monkeypatch):
     assert run(output_dir="~/run", resume=True)[1][-1]["step"] == 4
 
 
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"run": None},
+        {"run": {"recipe": {}, "model": {}}},
+        {"step": "3"},
+        {"row": 1},
+        {"random": [{"cpu": torch.zeros(3)}]},
+        {"random": [3]},
+        {"optimizer": {}},
+        {"optimizer": 3},
+        {"model": {}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_was_tampered_with(tmp_path, changed):
+    run(output_dir=tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    torch.save({**state, **changed}, tmp_path / "checkpoint.pt")
+    refused(CheckpointError, str(tmp_path), output_dir=tmp_path, resume=True)
+
+
+@pytest.mark.no_shapes
+def test_rows_that_were_tampered_with(tmp_path):
+    run(output_dir=tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"{", b"["))
+    refused(CheckpointError, "a row a line", output_dir=tmp_path, resume=True)
+
+
 # before the first step
 
 

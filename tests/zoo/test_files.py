@@ -213,7 +213,7 @@ def test_the_home_folder_is_the_same_in_reading_and_writing(toy, tmp_path, monke
 
 
 @pytest.mark.no_shapes
-@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "a\0b", 3, None, b"x"])
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "a\0b", "", 3, None, b"x"])
 def test_what_is_no_path(path):
     with pytest.raises(ConfigError, match="path: expected a file or folder; got"):
         to_path(path)
