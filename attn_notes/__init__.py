@@ -8,15 +8,19 @@ __all__ = ['list_models', 'model_info', 'create_model', 'example_inputs', 'recor
            'CheckpointError', 'CheckpointWarning']
 
 # %% ../nbs/zoo/00_package.ipynb #ca0b8478
-from .foundations.attention import record_attention  # noqa: F401
-from attn_notes.foundations.checks import (  # noqa: F401
-    CheckpointError,
-    CheckpointWarning,
-    ConfigError,
-    InputError,
-)
-from .zoo.factory import create_model, example_inputs  # noqa: F401
-from .zoo.registry import list_models, model_info  # noqa: F401
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attn_notes.foundations.attention import record_attention  # noqa: F401
+    from attn_notes.foundations.checks import (  # noqa: F401
+        CheckpointError,
+        CheckpointWarning,
+        ConfigError,
+        InputError,
+    )
+    from attn_notes.zoo.factory import create_model, example_inputs  # noqa: F401
+    from attn_notes.zoo.registry import list_models, model_info  # noqa: F401
 
 _all_ = [
     "list_models",
@@ -29,3 +33,28 @@ _all_ = [
     "CheckpointError",
     "CheckpointWarning",
 ]
+_WHERE = {
+    "list_models": "zoo.registry",
+    "model_info": "zoo.registry",
+    "create_model": "zoo.factory",
+    "example_inputs": "zoo.factory",
+    "record_attention": "foundations.attention",
+    "ConfigError": "foundations.checks",
+    "InputError": "foundations.checks",
+    "CheckpointError": "foundations.checks",
+    "CheckpointWarning": "foundations.checks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """All of these names, when the first of them is asked for."""
+    if name not in (*_WHERE, "foundations", "zoo"):
+        raise AttributeError(f"module 'attn_notes' has no attribute {name!r}")
+    for each, module in _WHERE.items():
+        found = importlib.import_module(f"attn_notes.{module}")
+        globals()[each] = getattr(found, each)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -2,36 +2,29 @@
 
 # %% auto #0
 __all__ = ['list_command', 'info_command', 'check_command', 'bench_command', 'train_command', 'predict_command', 'Parser',
-           'at_least_one', 'make_parser', 'main']
+           'at_least_one', 'word', 'make_parser', 'main']
 
 # %% ../nbs/cli.ipynb #28ad9f90
 import argparse
+import io
 import json
 import os
+import re
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch import manual_seed
-from tqdm import tqdm
-
-from attn_notes.foundations.checks import (
-    CheckpointError,
-    CheckpointWarning,
-    ConfigError,
-    InputError,
-    unknown_name_error,
-)
-from .zoo.factory import create_model
-from .zoo.files import atomic_folder, to_path
-from .zoo.registry import list_models, model_info, override, read_index
-
 # %% ../nbs/cli.ipynb #76f0ab90
 def list_command(arguments: argparse.Namespace) -> int:
     """Print the names that match a pattern, with parameters, task, paper and year."""
+    from attn_notes.foundations.checks import unknown_name_error
+    from attn_notes.zoo.registry import list_models, model_info, read_index
+
     names, index = list_models(arguments.pattern), read_index()
     if not names:
         raise unknown_name_error("model", arguments.pattern, list_models())
@@ -46,31 +39,40 @@ def list_command(arguments: argparse.Namespace) -> int:
 
 def info_command(arguments: argparse.Namespace) -> int:
     """Print what is known of a model."""
+    from attn_notes.zoo.registry import model_info
+
     print(model_info(arguments.name))
     return 0
 
 # %% ../nbs/cli.ipynb #67a46028
-def _progress(items: list[str], what: str) -> tqdm:
-    """A progress bar over some names, on the standard error, after two seconds."""
-    return tqdm(items, desc=what, delay=2, leave=False)
+def _progress(items: list[str], what: str) -> Iterator[tuple[str, Callable]]:
+    """Each name, and what prints a line of the results; a progress bar over them on the
+    standard error, after two seconds."""
+    from tqdm import tqdm
+
+    return ((item, tqdm.write) for item in tqdm(items, what, delay=2, leave=False))
 
 
 def check_command(arguments: argparse.Namespace) -> int:
     """Run models forward and backward on a device; exit code 1 when one fails."""
+    from attn_notes.foundations.checks import ConfigError
     from attn_notes.zoo.devices import check_model
+    from attn_notes.zoo.registry import list_models, model_info
 
     names = [model_info(name).name for name in arguments.names or list_models()]
     failed = 0
-    for name in _progress(names, "check"):
+    for name, write in _progress(names, "check"):
         try:
             found = check_model(name, arguments.device)
             line = (
                 f"ok      {name}  {found.parameters:,} parameters on {found.device}  "
                 f"{found.seconds:.1f} s"
             )
-        except (RuntimeError, InputError) as error:
-            failed, line = failed + 1, f"FAILED  {name}  {str(error).splitlines()[0]}"
-        tqdm.write(line)
+        except ConfigError:  # the question is wrong, not the model
+            raise
+        except Exception as error:
+            failed, line = failed + 1, f"FAILED  {name}  {str(error).split(chr(10))[0]}"
+        write(line)
     return 1 if failed else 0
 
 
@@ -79,10 +81,10 @@ def bench_command(arguments: argparse.Namespace) -> int:
     from attn_notes.zoo.benchmark import list_pairs, run_pair
 
     passed = []
-    for title in _progress(list_pairs(arguments.names), "bench"):
+    for title, write in _progress(list_pairs(arguments.names), "bench"):
         measured = run_pair(title)
         passed.append(measured.passed)
-        tqdm.write(str(measured))
+        write(str(measured))
     return 0 if all(passed) else 1
 
 # %% ../nbs/cli.ipynb #24d4d492
@@ -92,6 +94,9 @@ def _recipe(arguments: argparse.Namespace) -> Any:
     The warm-up and the average keep their share of the steps. Raises `ConfigError` when
     the model has no recipe of that name.
     """
+    from attn_notes.foundations.checks import unknown_name_error
+    from attn_notes.zoo.registry import model_info
+
     recipes = model_info(arguments.name).recipes
     if arguments.recipe not in recipes:
         what = f"recipe of {arguments.name}"
@@ -117,6 +122,7 @@ def _recipe(arguments: argparse.Namespace) -> Any:
 def _check_output(output: Path, resume: bool) -> None:
     """Refuse a folder that can not be written, holds something that is not to be
     resumed, or holds no run that is."""
+    from attn_notes.foundations.checks import ConfigError
     from attn_notes.training.run_folder import run_folder
 
     with run_folder(output, resume):
@@ -130,6 +136,8 @@ def _check_output(output: Path, resume: bool) -> None:
 def _task(arguments: argparse.Namespace, seed: int) -> Any:
     """The task that the data set implies, or the one that --task names."""
     from attn_notes.data.tasks import create_task, kind_of_data
+    from attn_notes.foundations.checks import ConfigError
+    from attn_notes.zoo.registry import model_info
 
     usual = model_info(arguments.name).task
     kind = arguments.task or usual
@@ -145,6 +153,11 @@ def _task(arguments: argparse.Namespace, seed: int) -> Any:
 
 def _prepare(arguments: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
     """The task and the model to train; a folder made for nothing goes again."""
+    from torch import manual_seed
+
+    from attn_notes.zoo.factory import create_model
+    from attn_notes.zoo.registry import model_info, override
+
     info = model_info(arguments.name)
     small = dict(info.tiny) if arguments.recipe == "tiny" else {}
     try:
@@ -168,6 +181,7 @@ def _interrupted(output: Path) -> str:
 def train_command(arguments: argparse.Namespace) -> int:
     """Train a model on a data set and save it, with its task, into a folder."""
     from attn_notes.training.processes import launched_rank
+    from attn_notes.zoo.files import atomic_folder, to_path
 
     first = launched_rank() == 0  # of the processes that torchrun started
     output = arguments.output = to_path(arguments.output)
@@ -193,34 +207,70 @@ def train_command(arguments: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/cli.ipynb #fcbddfc9
-def _inputs(given: Sequence[str]) -> list[tuple[str, str]]:
-    """Inputs, each with what to call it; - stands for lines of the standard input."""
+def _standard_input() -> Iterator[Any]:
+    """Lines of the standard input, and errors for those that are not UTF-8."""
+    from attn_notes.data.files import lines_or_errors
+    from attn_notes.foundations.checks import InputError
+
+    if sys.stdin is None:
+        raise InputError("-: expected lines on the standard input; it is closed")
+    return lines_or_errors(sys.stdin.buffer, "standard input")
+
+
+def _inputs(given: Sequence[str]) -> list[tuple[str, Any]]:
+    """Inputs, each after what to call it; - stands for lines of the standard input."""
     found = []
     for i, text in enumerate(given, 1):
         if text == "-":
-            lines = sys.stdin.read().splitlines()
-            found += [(f"line {n}", line) for n, line in enumerate(lines, 1)]
+            found += [
+                (f"line {n}", line) for n, line in enumerate(_standard_input(), 1)
+            ]
         else:
             found.append((f"input {i}", text))
     return found
 
 
-def _answers(predict: Callable[[list], list], inputs: list) -> list:
+def _named(message: object, inputs: Sequence[tuple[str, Any]]) -> str:
+    """A message on one of some inputs, by the name that its giver knows it by."""
+    found = re.match(r"inputs(?:\[(\d+)\])?: ", str(message))
+    if not found and len(inputs) > 1:
+        return str(message)
+    label, start = (
+        inputs[int(found[1] or 0) if found else 0][0],
+        found.end() if found else 0,
+    )
+    return f"{label}: {str(message)[start:]}"
+
+
+def _answers(predict: Callable[[list], list], inputs: list[tuple[str, Any]]) -> list:
     """One answer an input; its `InputError` for one that is refused."""
+    from attn_notes.foundations.checks import InputError
+
     try:
-        return list(predict(inputs))
+        with warnings.catch_warnings(record=True) as caught:
+            answers = list(predict([given for _, given in inputs]))
     except InputError as error:
         if len(inputs) == 1:
-            return [error]
+            return [InputError(_named(error, inputs))]
         half = len(inputs) // 2
         return _answers(predict, inputs[:half]) + _answers(predict, inputs[half:])
+    for warning in caught:
+        _say(f"warning: {_named(warning.message, inputs)}")
+    return answers
 
-
+# %% ../nbs/cli.ipynb #7d1e04aa
 def _trained(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The task and the model of a folder. Raises `CheckpointError` for weights that
     leave a part of the model untrained."""
     from attn_notes.data.tasks import load_task
+    from attn_notes.foundations.checks import (
+        CheckpointError,
+        CheckpointWarning,
+        InputError,
+    )
     from attn_notes.zoo.checkpoints import find_checkpoint, shipped_weights
+    from attn_notes.zoo.factory import create_model
+    from attn_notes.zoo.registry import model_info
 
     name = model_info(arguments.name).name
     folder = find_checkpoint(arguments.pretrained or shipped_weights(name))[0]
@@ -237,35 +287,66 @@ def _trained(arguments: argparse.Namespace) -> tuple[Any, Any]:
     except CheckpointWarning as warning:
         raise CheckpointError(f"--pretrained: {warning}") from None
 
+# %% ../nbs/cli.ipynb #91c5b7de
+def _line(answer: Any) -> str:
+    """An answer as one line; an empty one for what was refused."""
+    if isinstance(answer, Exception):
+        return ""
+    text = answer if isinstance(answer, str) else json.dumps(answer, default=str)
+    return " ".join(text.split("\n"))
+
+
+def _output_file(path: str) -> Path:
+    """Where to write answers. Raises `InputError` for what is no place of a file."""
+    from attn_notes.foundations.checks import InputError
+    from attn_notes.zoo.files import to_path
+
+    found = to_path(path).resolve()
+    if not path or found.is_dir() or not os.access(found.parent, os.W_OK):
+        raise InputError(f"--output: expected a file that can be written; got {path!r}")
+    return found
+
+
+def _write_answers(task: Any, answers: list, path: Path) -> None:
+    """Write the answers where and as the task says, else a line each, all or none."""
+    from attn_notes.training.checkpoints import atomic_write
+
+    if hasattr(task, "write_answers"):
+        return task.write_answers(answers, path)
+    text = "".join(f"{_line(answer)}\n" for answer in answers).encode(
+        "utf-8", "replace"
+    )
+    if path.exists() and not path.is_file():  # a terminal, a pipe, /dev/null
+        path.write_bytes(text)
+        return
+    with atomic_write(path) as file:
+        file.write(text)
+
 
 def predict_command(arguments: argparse.Namespace) -> int:
     """Print what a trained model makes of each input, a line each; exit code 1 when
     some of the inputs could not be read, 2 when none could."""
+    output = (
+        arguments.output if arguments.output is None else _output_file(arguments.output)
+    )
+    inputs = _inputs(arguments.inputs)
     task, model = _trained(arguments)
     given = {"num_beams": arguments.num_beams}
     options = {name: value for name, value in given.items() if value is not None}
-    inputs = _inputs(arguments.inputs)
-    answers = _answers(
-        lambda some: task.predict(model, some, **options), [text for _, text in inputs]
-    )
-    refused = 0
-    for (label, _), answer in zip(inputs, answers, strict=True):
-        if isinstance(answer, InputError):
-            refused += 1
-            _say(f"{label}: {answer}")
-    if refused and refused == len(inputs):
+    read = [pair for pair in inputs if not isinstance(pair[1], Exception)]
+    found = iter(_answers(lambda some: task.predict(model, some, **options), read))
+    answers = [x if isinstance(x, Exception) else next(found) for _, x in inputs]
+    refused = [answer for answer in answers if isinstance(answer, Exception)]
+    for error in refused:
+        _say(error)
+    if refused and len(refused) == len(inputs):
         return 2
-    for answer in answers:
-        print(_line(answer))
+    if output is not None:
+        _write_answers(task, answers, output)
+    else:
+        for answer in answers:
+            print(_line(answer))
     return 1 if refused else 0
-
-
-def _line(answer: Any) -> str:
-    """An answer as one line; an empty one for what was refused."""
-    if isinstance(answer, InputError):
-        return ""
-    text = answer if isinstance(answer, str) else json.dumps(answer, default=str)
-    return " ".join(text.splitlines())
 
 # %% ../nbs/cli.ipynb #1c8da01b
 class Parser(argparse.ArgumentParser):
@@ -275,18 +356,34 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; unlike argparse's own, raises `OSError` when it can not."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         """Say it in one line and leave with code 2."""
-        self.exit(2, f"attn-notes: {message} (see {self.prog} --help)\n")
+        _say(f"{message} (see {self.prog} --help)")
+        self.exit(2)
 
 
 def at_least_one(text: str) -> int:
     """A whole number from 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
+    whole = text.isdecimal() and len(text) < 10
+    if not whole or int(text) < 1:
         raise argparse.ArgumentTypeError(
-            f"expected a whole number of at least 1; got {text!r}"
+            "expected a whole number of at least 1, and at most nine digits; "
+            f"got {text!r}"
         )
     return int(text)
+
+
+def word(text: str) -> str:
+    """A name, or a part or pattern of one, for argparse."""
+    if not text.strip() or len(text) > 200:
+        raise argparse.ArgumentTypeError(
+            f"expected a name of 1 to 200 characters; got {text[:30]!r}"
+        )
+    return text
 
 # %% ../nbs/cli.ipynb #c265a696
 def _add_commands(commands: Any) -> None:
@@ -297,7 +394,7 @@ def _add_commands(commands: Any) -> None:
         epilog="examples:\n  attn-notes list\n  attn-notes list 'seq2seq*'",
     )
     one.add_argument(
-        "pattern", nargs="?", default="*", help="a shell pattern, in quotes"
+        "pattern", type=word, nargs="?", default="*", help="a shell pattern, in quotes"
     )
     one.set_defaults(run=list_command)
     one = commands.add_parser(
@@ -305,7 +402,7 @@ def _add_commands(commands: Any) -> None:
         help="a model: paper, chapter, figures, configuration",
         epilog="example:\n  attn-notes info seq2seq_lstm",
     )
-    one.add_argument("name")
+    one.add_argument("name", type=word)
     one.set_defaults(run=info_command)
     one = commands.add_parser(
         "check",
@@ -315,7 +412,11 @@ def _add_commands(commands: Any) -> None:
   attn-notes check seq2seq_lstm --device cuda""",
     )
     one.add_argument(
-        "names", nargs="*", metavar="NAME", help="all models, when none is named"
+        "names",
+        type=word,
+        nargs="*",
+        metavar="NAME",
+        help="all models, when none is named",
     )
     one.add_argument(
         "--device",
@@ -330,6 +431,7 @@ def _add_commands(commands: Any) -> None:
     )
     one.add_argument(
         "names",
+        type=word,
         nargs="*",
         metavar="NAME",
         help="a word in the title of a pair; all pairs, when none is given",
@@ -349,7 +451,7 @@ def _add_training(commands: Any) -> None:
       attn-notes train transformer_base --recipe paper \\
       --data wmt14-en-de --data-dir DIR --output runs/base""",
     )
-    one.add_argument("name")
+    one.add_argument("name", type=word)
     one.add_argument(
         "--recipe",
         choices=["tiny", "paper"],
@@ -406,10 +508,13 @@ def _add_prediction(commands: Any) -> None:
         "predict",
         help="apply a trained model",
         epilog="""examples:
-  attn-notes predict seq2seq_bahdanau "Monday" "two weeks ago"
-  attn-notes predict seq2seq_bahdanau --pretrained runs/french - < phrases.txt""",
+  attn-notes predict transformer_tiny "3 weeks ago" "12 kilometers"
+  attn-notes predict transformer_tiny --output french.txt - < phrases.txt
+  attn-notes predict seq2seq_bahdanau --pretrained runs/french "in 5 days"
+  attn-notes predict transformer_base \\
+      --pretrained Helsinki-NLP/opus-mt-en-fr "It rains." """,
     )
-    one.add_argument("name")
+    one.add_argument("name", type=word)
     one.add_argument(
         "inputs",
         nargs="+",
@@ -420,6 +525,11 @@ def _add_prediction(commands: Any) -> None:
         "--pretrained",
         metavar="PATH",
         help="a folder that train wrote, or a hub id (default: the book's own weights)",
+    )
+    one.add_argument(
+        "--output",
+        metavar="PATH",
+        help="a file for the answers, instead of the standard output",
     )
     one.add_argument(
         "--num-beams",
@@ -437,7 +547,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="attn-notes",
         description="Models of attention, from a book that runs.",
-        epilog="attn-notes COMMAND --help shows examples",
+        epilog="attn-notes COMMAND --help shows examples; with ATTN_NOTES_TRACEBACK=1\n"
+        "in the environment, an error shows where it arose",
     )
     parser.add_argument(
         "--version", action="version", version=f"attn-notes {__version__}"
@@ -452,8 +563,14 @@ def make_parser() -> Parser:
 
 # %% ../nbs/cli.ipynb #49316709
 def _say(message: object) -> None:
-    """One line on the standard error."""
-    print(f"attn-notes: {' '.join(str(message).split())}", file=sys.stderr)
+    """One line on the standard error, without control characters, cut in the middle
+    when it is long."""
+    text = " ".join(str(message).split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if len(text) > 1000:
+        text = f"{text[:600]} ... {text[-390:]}"
+    with suppress(OSError):
+        print(f"attn-notes: {text}", file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
@@ -461,20 +578,83 @@ def _show_warning(message: Warning | str, *where: Any, **more: Any) -> None:
     _say(f"warning: {message}")
 
 
+def _is_ours(error: BaseException) -> bool:
+    """Whether it is one of the errors of the package."""
+    from attn_notes.foundations.checks import CheckpointError, ConfigError, InputError
+
+    return isinstance(error, ConfigError | InputError | CheckpointError)
+
+
+def _failed(error: BaseException) -> int:
+    """Say what went wrong, and the exit code: 2 where the question was wrong."""
+    if os.environ.get("ATTN_NOTES_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, OSError) or _is_ours(error):
+        _say(error)
+        return 2
+    name, why = type(error).__name__, " ".join(str(error).split())[:300]
+    _say(
+        f"unexpected {name}{why and ': '}{why}; with ATTN_NOTES_TRACEBACK=1 in the "
+        "environment the same command shows where it arose"
+    )
+    return 1
+
+# %% ../nbs/cli.ipynb #c84f20b9
+def _open_streams() -> None:
+    """Make the standard streams fit for what is to come. Raises `OSError` when nobody
+    could read the results."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        raise OSError("expected an open standard output; it is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _let_go_of_output() -> None:
+    """What is still to be written goes nowhere, if it can not go where it should."""
+    try:
+        sys.stdout and sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(argv: list[str] | None) -> int:
+    """The exit code of a command that ends by itself."""
+    _open_streams()
+    try:
+        arguments = make_parser().parse_args(argv)
+        code = arguments.run(arguments)
+    except SystemExit as stop:  # of argparse
+        code = int(stop.code or 0)
+    sys.stdout.flush()
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run `attn-notes` with arguments (default: of the process); the exit code."""
+    """Run `attn-notes` with arguments (default: of the process); the exit code. Imports
+    what a command takes when it runs, so that Ctrl-C is met here whenever it comes."""
     show: Any = _show_warning
     with warnings.catch_warnings():
         warnings.showwarning = show
         try:
-            arguments = make_parser().parse_args(argv)
-            return arguments.run(arguments)
+            return _run(argv)
         except KeyboardInterrupt as interrupt:
             _say(f"interrupted; {interrupt}".removesuffix("; "))
             return 130
         except BrokenPipeError:  # the reader of our output, head say, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except (ConfigError, InputError, CheckpointError, OSError) as error:
-            _say(error)
-            return 2
+        except Exception as error:
+            return _failed(error)
+        finally:
+            _let_go_of_output()
+
+
+if __name__ == "__main__" and __spec__ is not None:  # by python -m, not in a notebook
+    sys.exit(main())

@@ -1,7 +1,11 @@
 """attn-notes as a reader meets it: exit codes, one clear line, nothing half written."""
 
+import io
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +16,9 @@ import pytest
 
 import attn_notes as an
 from attn_notes.cli import main
+from attn_notes.zoo.registry import weights_folder
+
+ROOT = Path(__file__).parents[1]
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 COMMAND = [
@@ -19,6 +26,11 @@ COMMAND = [
     "-c",
     "import sys; from attn_notes.cli import main; sys.exit(main())",
 ]
+
+
+def feed(monkeypatch, content: bytes) -> None:
+    """Put bytes on the standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
 def run(*argv):
@@ -422,6 +434,7 @@ def test_fewer_steps_keep_the_recipe_in_proportion(monkeypatch):
 
     from attn_notes import cli
     from attn_notes.training.recipes import Recipe
+    from attn_notes.zoo import registry
 
     recipe = Recipe(
         schedule="cosine",
@@ -431,11 +444,17 @@ def test_fewer_steps_keep_the_recipe_in_proportion(monkeypatch):
         average_every=1500,
     )
     monkeypatch.setattr(
-        cli, "model_info", lambda name: Namespace(recipes={"paper": recipe})
+        registry, "model_info", lambda name: Namespace(recipes={"paper": recipe})
     )
     short = {
         steps: cli._recipe(
-            Namespace(name="any", recipe="paper", max_steps=steps, seed=None)
+            Namespace(
+                name="any",
+                recipe="paper",
+                max_steps=steps,
+                seed=None,
+                save_every=None,
+            )
         )
         for steps in (None, 1000, 50, 3, 1)
     }
@@ -448,9 +467,7 @@ def test_fewer_steps_keep_the_recipe_in_proportion(monkeypatch):
 
 
 def test_predict_uses_the_shipped_weights_and_reads_lines(monkeypatch, capsys):
-    import io
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO("France\nin 3 weeks\n"))
+    feed(monkeypatch, b"France\nin 3 weeks\n")
     assert run("predict", "seq2seq_bahdanau", "France", "-") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0] == lines[1] and "3" in lines[2]
@@ -494,10 +511,8 @@ def reverse(monkeypatch):
 
 
 def test_a_bad_line_costs_that_line(reverse, monkeypatch, capsys):
-    import io
-
     lines = ["ab", "cd", "3", "ef", "gh", "ij", "kl", "", "mn"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    feed(monkeypatch, "\n".join(lines).encode() + b"\n")
     assert run("predict", "any", "xy", "-") == 1
     said = capsys.readouterr()
     assert said.out.splitlines() == [
@@ -520,9 +535,7 @@ def test_inputs_that_are_all_bad(reverse, capsys):
 
 
 def test_no_lines_no_answers(reverse, monkeypatch, capsys):
-    import io
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    feed(monkeypatch, b"")
     assert run("predict", "any", "-") == 0 and capsys.readouterr().out == ""
 
 
@@ -536,14 +549,14 @@ def test_options_reach_the_task_only_when_given(reverse):
 def test_weights_that_leave_a_part_untrained_do_not_predict(refused, monkeypatch):
     import warnings
 
-    from attn_notes import cli
     from attn_notes.foundations.checks import CheckpointWarning
+    from attn_notes.zoo import factory
 
     def untrained(*args, **kwargs):
         said = "x: re-initialized, of another size: head"
         warnings.warn(said, CheckpointWarning, stacklevel=1)
 
-    monkeypatch.setattr(cli, "create_model", untrained)
+    monkeypatch.setattr(factory, "create_model", untrained)
     assert "re-initialized" in refused("predict", "seq2seq_bahdanau", "a")
 
 
@@ -579,3 +592,256 @@ def test_the_data_set_implies_the_task(painting, refused, capsys, tmp_path):
 
     assert kind_of_data("cldr-en-fr", "translation") == "translation"
     assert not (tmp_path / "run").exists()
+
+
+# lines and answers
+
+
+def test_lines_of_the_standard_input_end_at_newlines_alone(
+    reverse, monkeypatch, capsys
+):
+    feed(monkeypatch, b"\xef\xbb\xbfab\r\nc\xe9\ncd\n\xff\xfe\n")
+    assert run("predict", "any", "xy", "-") == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        '{"text": "yx"}',
+        '{"text": "ba"}',
+        "",
+        *(['{"text": "dc"}', ""]),
+    ]
+    assert [line.split(": ", 3)[2] for line in said.err.splitlines()] == [
+        "line 2",
+        "line 4",
+    ]
+    # nothing that Python takes for the end of a line ends one
+    feed(monkeypatch, "a\u2028b\x85c\x0bd\x0ce\rf\n".encode())
+    assert run("predict", "any", "-", "ok") == 1
+    assert capsys.readouterr().err.count("line") == 1
+
+
+@pytest.mark.no_shapes
+def test_utf_16_is_refused_in_one_line(reverse, refused, monkeypatch):
+    feed(monkeypatch, "ab\ncd\n".encode("utf-16"))
+    said = refused("predict", "any", "-")
+    assert said == "attn-notes: standard input: expected UTF-8; got UTF-16\n"
+
+
+def test_what_is_not_understood_is_said_of_its_line(monkeypatch, capsys):
+    feed(monkeypatch, ("3 weeks ago\n" * 3 + "xyzzy\n\n" + "in 5 days\n").encode())
+    long = "1 " * 129
+    assert run("predict", "transformer_tiny", "-", long, "plugh 3") == 1
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert len(lines) == 8 and [i for i, x in enumerate(lines) if not x] == [4, 6]
+    assert sorted(said.err.splitlines()) == [
+        "attn-notes: input 2: expected at most 128 tokens; got 129",
+        "attn-notes: line 5: expected a text of a token or more; got ''",
+        "attn-notes: warning: input 3: not in the vocabulary, so read as <unk>: plugh",
+        "attn-notes: warning: line 4: not in the vocabulary, so read as <unk>: xyzzy",
+    ]
+
+
+def test_answers_go_to_a_file_whole_or_not_at_all(reverse, tmp_path, capsys):
+    path = tmp_path / "answers.txt"
+    assert run("predict", "any", "--output", path, "a\xe9", "3", "bc") == 1
+    assert path.read_bytes() == (
+        b'{"text": "\\u00e9a"}\n' + b"\n" + b'{"text": "cb"}\n'
+    )
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == [path]
+    assert run("predict", "any", "--output", path, "4") == 2
+    assert path.read_bytes().count(b"\n") == 3
+    (tmp_path / "link").symlink_to(path)
+    assert run("predict", "any", "--output", tmp_path / "link", "de") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert path.read_text() == '{"text": "ed"}\n'
+    assert run("predict", "any", "--output", os.devnull, "de") == 0
+    assert not Path(os.devnull).is_file()
+
+
+def test_a_task_may_write_its_answers_itself(reverse, tmp_path):
+    written = []
+    reverse.write_answers = lambda answers, path: written.append((answers, path))
+    assert run("predict", "any", "--output", tmp_path / "pictures", "ab") == 0
+    assert written == [([{"text": "ba"}], tmp_path / "pictures")]
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("path", ["", ".", "nowhere/answers", "~nosuchuser/x"])
+def test_a_file_that_can_not_be_written(reverse, refused, path):
+    assert "expected a file" in refused("predict", "any", "--output", path, "ab")
+    assert not reverse.calls
+
+
+def test_a_marian_folder_translates(marian, capsys):
+    predict = ["predict", "transformer_base", "--pretrained", marian[1]]
+    assert run(*predict, "the cat sees the dog", "a dog", "--num-beams", 2) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+# whatever happens
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["bench", ""], "expected a name of 1 to 200 characters; got ''"),
+        (["check", " "], "expected a name"),
+        (["list", "[" * 200_000], "expected a name"),
+        (["info", "x" * 200_000], "expected a name"),
+        (
+            ["predict", "transformer_tiny", "--pretrained", "~nosuchuser/x", "a"],
+            "~nosuchuser",
+        ),
+        (["predict", "transformer_tiny", "--num-beams", "9" * 99, "a"], "nine digits"),
+        (["predict", "transformer_tiny", "--num-beams", "\u00b2", "a"], "whole number"),
+        (["train", "seq2seq_gru", "--output", "~nosuchuser/x"], "~nosuchuser"),
+        (["dance\nfloor"], "invalid choice"),
+        (["list", "--a\nb\x1b[31m"], "unrecognized arguments: --a b\\x1b[31m"),
+        (["list", "a", "b" * 200_000], "unrecognized arguments"),
+    ],
+)
+def test_odd_questions_get_one_short_line(refused, argv, said):
+    line = refused(*argv)
+    assert said in line and len(line) < 1100 and "\x1b" not in line
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("name", ["config.json", "task.json"])
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000, "\x00", ""])
+def test_nested_json(refused, tmp_path, name, content):
+    folder = shutil.copytree(weights_folder("transformer_tiny"), tmp_path / "model")
+    (folder / name).write_text(content)
+    said = refused("predict", "transformer_tiny", "--pretrained", folder, "a")
+    assert name in said
+
+
+def test_the_unexpected_is_one_line_and_code_1(reverse, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise KeyError("a long\nstory" + "!" * 9999)
+
+    monkeypatch.setattr(reverse, "predict", fails)
+    monkeypatch.delenv("ATTN_NOTES_TRACEBACK", raising=False)
+    assert run("predict", "any", "ab") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and len(said) < 600
+    assert "unexpected KeyError: " in said and "ATTN_NOTES_TRACEBACK=1" in said
+    monkeypatch.setenv("ATTN_NOTES_TRACEBACK", "1")
+    assert run("predict", "any", "ab") == 1
+    assert "Traceback" in (said := capsys.readouterr().err) and "in fails" in said
+
+
+def shell(command, **environment):
+    """Run a line of shell in which $A is attn-notes; code, output, complaints."""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        env={**ENVIRONMENT, "A": f"{sys.executable} -m attn_notes.cli", **environment},
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "command, code, said",
+    [
+        ("$A predict transformer_tiny - <&-", 2, "standard input; it is closed"),
+        ("$A --help >&-", 2, "expected an open standard output; it is closed"),
+        ("$A dance 2>&-", 2, None),
+        ("$A --help > /dev/full", 2, "No space left on device"),
+        ("$A --help | true; exit ${PIPESTATUS[0]}", 0, None),
+        ("$A --help > /dev/null 2>&-", 0, None),
+    ],
+)
+def test_closed_and_full_streams(command, code, said):
+    found = shell(command)
+    assert found[0] == code and "Traceback" not in found[2]
+    assert found[2].count("\n") == (said is not None) and (said or "") in found[2]
+
+
+@pytest.mark.slow
+def test_an_ascii_terminal_gets_an_answer():
+    command = '$A predict transformer_tiny "12 kilometers"'
+    for environment in ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}):
+        code, out, err = shell(command, **environment)
+        assert (code, err) == (0, "") and out.startswith(b"12 kilom")
+    code, out, _ = shell(command, PYTHONIOENCODING="ascii", PYTHONCOERCECLOCALE="0")
+    assert out == b"12 kilom\\xe8tres\n"
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from attn_notes.cli import main; main(['train', '--help']);"
+        "main(['dance']); print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2])
+def test_ctrl_c_while_it_imports_is_quiet(seconds):
+    command = [sys.executable, "-m", "attn_notes.cli", "info", "transformer_tiny"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert b"Traceback" not in said and process.returncode in (0, 130, -signal.SIGINT)
+    assert said in (b"", b"attn-notes: interrupted\n")
+
+
+# examples
+
+EXAMPLE = re.compile(r"^ *(attn-notes (?:.*\\\n)*.*)$", re.MULTILINE)
+
+
+def examples(text):
+    return [found.replace("\\\n", " ") for found in EXAMPLE.findall(text)]
+
+
+@pytest.fixture(scope="module")
+def all_examples():
+    """Every command of the help, the home page and the README."""
+    found = []
+    for command in ("list", "info", "check", "bench", "train", "predict"):
+        said = subprocess.run(
+            [*COMMAND, command, "--help"], capture_output=True, text=True
+        ).stdout
+        found += examples(said[said.index("example") :])
+    pages = [ROOT / "nbs" / "index.ipynb", ROOT / "README.md"]
+    texts = [
+        "".join("".join(cell["source"]) + "\n" for cell in json.loads(text)["cells"])
+        if page.suffix == ".ipynb"
+        else text
+        for page in pages
+        if (text := page.read_text("utf-8"))
+    ]
+    found += [line for text in texts for line in examples(text)]
+    return list(dict.fromkeys(found))
+
+
+def test_examples_are_what_the_parser_takes(all_examples):
+    from attn_notes.cli import make_parser
+
+    assert len(all_examples) > 14
+    for example in all_examples:
+        make_parser().parse_args(shlex.split(example.split("<")[0])[1:])
+
+
+def test_examples_of_shipped_models_are_within_their_reach(
+    all_examples, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    tried = 0
+    for example in all_examples:
+        words = shlex.split(example.split("<")[0])[1:]
+        if words[0] in ("list", "info") or (
+            words[0] == "predict" and "--pretrained" not in words
+        ):
+            feed(monkeypatch, b"3 weeks ago\nin 5 days\n")
+            assert run(*words) == 0, example
+            assert capsys.readouterr().err == "", example
+            tried += words[0] == "predict"
+    assert tried >= 2

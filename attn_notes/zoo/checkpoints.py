@@ -195,7 +195,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is cut short or no JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(
