@@ -142,9 +142,8 @@ class RunFiles(_Tracked):
             with self.writing():
                 self.metrics = open(path, "ab", buffering=0)
                 self.metrics.truncate(length)
-            first = {"tensorboard": {"purge_step": step}}
-            start = self.accelerator.init_trackers
-            self.track(start, "tensorboard", init_kwargs=first)
+            first = {"init_kwargs": {"tensorboard": {"purge_step": step}}}
+            self.track(self.accelerator.init_trackers, "tensorboard", **first)
         return rows
 
     def writing(self) -> AbstractContextManager[None]:

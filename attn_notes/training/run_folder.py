@@ -142,7 +142,13 @@ def describe_run(
     return json.loads(json.dumps(about, default=str))
 
 
-_STATE = {"run": dict, "step": int, "epoch": int, "position": int, "metrics": int}
+_STATE: dict[str, Any] = {
+    "run": dict,
+    "step": int,
+    "epoch": int,
+    "position": int,
+    "metrics": int,
+}
 _STATE |= {"seconds": float, "random": list, "row": (dict, type(None))}
 
 
