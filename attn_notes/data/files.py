@@ -112,13 +112,13 @@ def read_parquet(
                 for batch in file.iter_batches(1024, columns=["translation"]):
                     for cell in batch.column(0):
                         row, both = row + 1, cell.as_py() or {}
-                        pair = both.get(source), both.get(target)
-                        if None in pair:
+                        text, other = both.get(source), both.get(target)
+                        if text is None or other is None:
                             raise InputError(
                                 f"{path}: row {row}: expected texts for {source!r} and "
-                                f"{target!r}; got {pair[0]!r:.40} and {pair[1]!r:.40}"
+                                f"{target!r}; got {text!r:.40} and {other!r:.40}"
                             )
-                        yield pair
+                        yield text, other
         except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path}: can not be read after row {row}: {_first_line(error)}"
