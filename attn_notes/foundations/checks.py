@@ -2,20 +2,26 @@
 
 # %% auto #0
 __all__ = ['ConfigError', 'InputError', 'CheckpointError', 'CheckpointWarning', 'check_ids', 'check_features', 'check_mask_shape',
-           'check_pair', 'check_divides', 'check_positive', 'check_probability', 'check_choice', 'unknown_name_error',
-           'require_package', 'check_id_values', 'check_mask_rows', 'Output']
+           'check_pair', 'check_value', 'check_fields', 'checked', 'check_positive', 'check_probability',
+           'check_choice', 'check_divides', 'unknown_name_error', 'require_package', 'check_id_values',
+           'check_mask_rows', 'Output']
 
 # %% ../../nbs/foundations/00_checks.ipynb #54035309
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from reprlib import Repr
+from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, get_type_hints
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+from .values import Range, Rate, convert, in_words
 
 # %% ../../nbs/foundations/00_checks.ipynb #dc3e8467
 class ConfigError(ValueError):
@@ -43,6 +49,16 @@ def _came(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
     return type(x).__name__
+
+
+def _shown(value: Any) -> str:
+    """A value as one short line."""
+    short = Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
+    try:
+        return _came(value) if isinstance(value, Tensor) else short.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return f"{type(value).__name__} of {value.bit_length()} bits"
 
 # %% ../../nbs/foundations/00_checks.ipynb #906c8b64
 def check_ids(
@@ -118,7 +134,97 @@ def check_pair(
             f"{input_ids.shape[0]}; got {decoder_input_ids.shape[0]}"
         )
 
+# %% ../../nbs/foundations/00_checks.ipynb #21d03fe0
+def check_value(
+    name: str, value: Any, hint: Any, error: type[ValueError] = ConfigError
+) -> Any:
+    """`value` as the annotation `hint` wants it: a NumPy number as Python's, a list as
+    a tuple. Raises `error` for a type or a range that it does not allow."""
+    try:
+        return convert(value, hint)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: lists in themselves
+        raise error(f"{name}: expected {in_words(hint)}; got {_shown(value)}") from None
+
+
+_hints = cache(lambda owner: get_type_hints(owner, include_extras=True))
+
+
+def check_fields(config: Any, what: str = "") -> None:
+    """Check every field of a frozen dataclass, in its `__post_init__`, against its
+    annotation, and keep it as that wants it; every `..._token_id` is an id of the
+    vocabulary. `what` stands before a field's name in a message.
+
+    Raises `ConfigError` for the first that is not allowed."""
+    hints = _hints(type(config))
+    for field in fields(config):
+        name = field.name
+        value = check_value(what + name, getattr(config, name), hints[name])
+        object.__setattr__(config, name, value)
+    for name in hints:
+        if name.endswith("_token_id"):
+            _check_token_id(what, name, config)
+
+
+def _check_token_id(what: str, name: str, config: Any) -> None:
+    """Raises `ConfigError` for a special id outside the vocabulary that it is of: the
+    target's; padding, of the source's as well."""
+    sides = ["vocab_size", "target_vocab_size"]
+    sides += ["source_vocab_size"] if name == "pad_token_id" else []
+    for side in sides:
+        size, token_id = getattr(config, side, None), getattr(config, name)
+        if size is not None and token_id is not None and token_id >= size:
+            raise ConfigError(
+                f"{what}{name}: expected an id of the vocabulary, below "
+                f"{side}={size}; got {token_id}"
+            )
+
+# %% ../../nbs/foundations/00_checks.ipynb #a2a72cbe
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def checked(error: type[ValueError]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator: the function gets its arguments as their annotations want them, and
+    `error` is raised for one that they do not allow. Shapes of tensors are not
+    looked at."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature, kinds = inspect.signature(function), inspect.Parameter
+
+        @wraps(function)
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            bound, hints = signature.bind(*args, **kwargs), _hints(function)
+            for name, value in bound.arguments.items():
+                kind = signature.parameters[name].kind
+                several = kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+                if name in hints and not several:
+                    bound.arguments[name] = check_value(name, value, hints[name], error)
+            return function(*bound.args, **bound.kwargs)
+
+        return call
+
+    return decorate
+
 # %% ../../nbs/foundations/00_checks.ipynb #2386a1c5
+def check_positive(**sizes: int) -> None:
+    "Raises `ConfigError` unless every size is a whole number of at least 1."
+    for name, size in sizes.items():
+        check_value(name, size, Annotated[int, Range(1)])
+
+
+def check_probability(**rates: float) -> None:
+    "Raises `ConfigError` unless every rate is a number from 0 to below 1."
+    for name, rate in rates.items():
+        check_value(name, rate, Rate)
+
+
+def check_choice(choices: tuple[str, ...], **values: str) -> None:
+    "Raises `ConfigError` unless every value is one of `choices`."
+    one_of: Any = Literal
+    for name, value in values.items():
+        check_value(name, value, one_of[choices])
+
+# %% ../../nbs/foundations/00_checks.ipynb #d4e482b4
 def check_divides(
     divisor: int,
     width: int,
@@ -130,36 +236,9 @@ def check_divides(
     check_positive(**{divisor_name: divisor, width_name: width})
     if width % divisor:
         raise ConfigError(
-            f"{divisor_name} must divide {width_name}; got {divisor} and {width}"
+            f"{divisor_name}: expected a divisor of {width_name}; "
+            f"got {divisor} and {width}"
         )
-
-
-def check_positive(**sizes: int) -> None:
-    "Raises `ConfigError` unless every size is a whole number of at least 1."
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(
-                f"{name} must be a whole number of at least 1; got {size!r}"
-            )
-
-# %% ../../nbs/foundations/00_checks.ipynb #d4e482b4
-def check_probability(**rates: float) -> None:
-    "Raises `ConfigError` unless every rate is a number from 0 to below 1."
-    for name, rate in rates.items():
-        number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-        if not number or not 0 <= rate < 1:
-            raise ConfigError(
-                f"{name} must be a number from 0 to below 1; got {rate!r}"
-            )
-
-
-def check_choice(choices: tuple[str, ...], **values: str) -> None:
-    "Raises `ConfigError` unless every value is one of `choices`."
-    for name, value in values.items():
-        if value not in choices:
-            raise ConfigError(
-                f"{name} must be one of {', '.join(choices)}; got {value!r}"
-            )
 
 # %% ../../nbs/foundations/00_checks.ipynb #0c207198
 def unknown_name_error(what: str, given: str, allowed: Iterable[str]) -> ConfigError:

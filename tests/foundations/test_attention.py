@@ -715,6 +715,14 @@ def test_a_compiled_model_is_recorded():
     assert torch.equal(compiled(x), expected)
 
 
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("model", [None, "transformer_tiny", MultiHeadAttention])
+def test_record_of_what_is_no_model(model):
+    with pytest.raises(InputError, match="^record_attention: expected a model; got a"):
+        with record_attention(model):
+            pass
+
+
 def test_record_of_a_model_without_attention_is_empty():
     with record_attention(nn.Linear(2, 2)) as maps:
         pass
@@ -752,7 +760,7 @@ def test_own_kind_of_attention_is_recorded():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((12, 5), "num_attention_heads must divide hidden_size"),
+        ((12, 5), "num_attention_heads: expected a divisor of hidden_size"),
         ((0, 1), "hidden_size"),
         ((12, 0), "num_attention_heads"),
         ((12, 3, 1.0), "dropout"),

@@ -117,33 +117,33 @@ def test_bad_mask(mask):
     [
         (
             lambda: check_divides(7, 512),
-            "num_attention_heads must divide hidden_size; got 7 and 512",
+            "num_attention_heads: expected a divisor of hidden_size; got 7 and 512",
         ),
         (
             lambda: check_divides(0, 512),
-            "num_attention_heads must be a whole number of at least 1; got 0",
+            "num_attention_heads: expected a whole number of at least 1; got 0",
         ),
         (
             lambda: check_divides(4, 6, "groups", "channels"),
-            "groups must divide channels; got 4 and 6",
+            "groups: expected a divisor of channels; got 4 and 6",
         ),
         (
             lambda: check_positive(hidden_size=-1),
-            "hidden_size must be a whole number of at least 1; got -1",
+            "hidden_size: expected a whole number of at least 1; got -1",
         ),
         (lambda: check_positive(hidden_size=1.5), "got 1.5"),
         (lambda: check_positive(hidden_size=True), "got True"),
         (lambda: check_positive(hidden_size=None), "got None"),
         (
             lambda: check_probability(dropout=1),
-            "dropout must be a number from 0 to below 1; got 1",
+            "dropout: expected a number from 0 to below 1; got 1",
         ),
         (lambda: check_probability(dropout=-0.1), "got -0.1"),
         (lambda: check_probability(dropout=float("nan")), "got nan"),
         (lambda: check_probability(dropout="0.1"), "got '0.1'"),
         (
             lambda: check_choice(("relu", "gelu"), activation="swish"),
-            "activation must be one of relu, gelu; got 'swish'",
+            "activation: expected one of relu, gelu; got 'swish'",
         ),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_size_that_no_machine_holds_can_be_counted(toy):
     [
         (lambda: an.create_model("toi"), "did you mean 'toy'"),
         (lambda: an.create_model("toy", hidden_sise=3), "did you mean 'hidden_size'"),
-        (lambda: an.create_model("toy", hidden_size=0), "hidden_size must be"),
+        (lambda: an.create_model("toy", hidden_size=0), "hidden_size: expected"),
         (
             lambda: an.create_model("toy", device="cuda:77"),
             "device: expected one that is to be had here; got 'cuda:77'",

@@ -125,7 +125,7 @@ def test_a_class_in_the_notebook_goes_before_the_exported_one(toy):
         ),
         (
             lambda: override(an.model_info("toy").config, {"hidden_size": 0}),
-            "hidden_size must be",
+            "hidden_size: expected",
         ),
     ],
 )
