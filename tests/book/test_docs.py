@@ -1,11 +1,13 @@
 """docs/ and README.md are what the committed notebooks build to, byte for byte: a stale
 page fails, and so does an unstable build."""
 
+import re
 import subprocess
 import sys
+from html import unescape
 
 import pytest
-from book import ROOT
+from book import ROOT, read_book
 
 
 def files(folder):
@@ -50,3 +52,25 @@ def test_docs_name_no_folder_of_this_machine():
     for name, content in files(ROOT / "docs").items():
         if name.endswith((".html", ".js", ".css", ".md")):
             assert str(ROOT).encode() not in content, name
+
+
+def shown_outputs(notebook):
+    """The first lines of the plain text that a page has to show."""
+    for cell in notebook.code():
+        if "hide" in cell.directives or cell.directives.get("output") == "false":
+            continue
+        for output in cell.outputs:
+            data = output.get("data", {})
+            text = output.get("text") if output.get("name") == "stdout" else None
+            if set(data) == {"text/plain"}:
+                text = data["text/plain"]
+            if text and text.strip():
+                yield "".join(text.strip().splitlines()[0].split())
+
+
+@pytest.mark.parametrize("notebook", read_book(), ids=lambda n: n.name)
+def test_every_text_that_a_cell_puts_out_is_on_its_page(notebook):
+    page = ROOT / "docs" / f"{notebook.name}.html"
+    plain = re.sub(r"<[^>]*>", "", page.read_text(encoding="utf-8"))
+    plain = "".join(unescape(plain).split())
+    assert [text for text in shown_outputs(notebook) if text not in plain] == []

@@ -112,18 +112,32 @@ def test_figure_gets_caption_and_name(staged):
     }
 
 
-def test_the_caption_is_the_pictures_alone(tmp_path):
-    outputs = [
-        nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"}),
-        nbformat.v4.new_output("execute_result", {"text/plain": "'confirmed'"}),
-    ]
+PICTURE = nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg/>"})
+TEXT = nbformat.v4.new_output("execute_result", {"text/plain": "'confirmed'"})
+
+
+@pytest.mark.parametrize(
+    "outputs, parts",
+    [
+        ([PICTURE], [1]),
+        ([PICTURE, TEXT], [1, 1]),
+        ([TEXT, PICTURE], [1, 1]),
+        ([TEXT, PICTURE, PICTURE, TEXT, TEXT], [1, 2, 2]),
+    ],
+)
+def test_the_caption_is_the_pictures_alone(tmp_path, outputs, parts):
     cell = nbformat.v4.new_code_cell("#| fig-cap: A curve.\nplot()", outputs=outputs)
     cells = [nbformat.v4.new_markdown_cell("# Title"), cell]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "x.ipynb")
     notebook = read_notebook(tmp_path / "x.ipynb", tmp_path)
-    first, rest = json.loads(stage.stage_notebook(notebook, {}))["cells"][1:]
-    assert [len(first["outputs"]), len(rest["outputs"])] == [1, 1]
-    assert "figure" not in rest["metadata"].get("mystnb", {})
+    staged = json.loads(stage.stage_notebook(notebook, {}))["cells"][1:]
+    assert [len(cell["outputs"]) for cell in staged] == parts
+    for cell in staged:
+        drawn = any(
+            "data" in o and "image/svg+xml" in o["data"] for o in cell["outputs"]
+        )
+        assert drawn == ("figure" in cell["metadata"].get("mystnb", {}))
+        assert cell["source"]  # without one, its outputs would be dropped
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,38 @@ def has_picture(output: nbformat.NotebookNode) -> bool:
     return any(kind.startswith("image/") for kind in output.get("data", {}))
 
 
+def split_outputs(raw: nbformat.NotebookNode, cell: Cell) -> list:
+    """The cell, or, where a caption belongs to its picture alone, the cell and a second
+    one without code: what was put out from the picture on, or behind it."""
+    pictures = [i for i, output in enumerate(raw.outputs) if has_picture(output)]
+    if "figure" not in raw.metadata["mystnb"] or not pictures:
+        return [raw]
+    outputs, shown = raw.outputs, raw.metadata["mystnb"]
+    first, last = pictures[0], pictures[-1]
+    groups = [outputs[:first], outputs[first : last + 1], outputs[last + 1 :]]
+    parts = []
+    for number, group in enumerate(groups):
+        if not group:
+            continue
+        figure = {"mystnb": shown} if number == 1 else {}
+        if not parts:
+            part = raw
+            part.metadata["mystnb"] = {
+                key: value
+                for key, value in shown.items()
+                if number == 1 or key != "figure"
+            }
+        else:  # a cell without source would be dropped, outputs and all
+            part = nbformat.v4.new_code_cell(
+                "...",
+                metadata={"tags": ["remove-input"], **figure},
+                id=f"outputs-{number}-{cell.id}"[:64],
+            )
+        part.outputs = group
+        parts.append(part)
+    return parts
+
+
 def statements_table(notebook: Notebook, claims: dict[str, Claim]) -> str:
     """The statements of this chapter with their verdicts, each linked to its cell;
     empty when the chapter has none."""
@@ -175,18 +207,7 @@ def stage_notebook(
                 "name": cell.directives.get("label", f"fig-{cell.id}"),
             }
         raw.metadata["mystnb"] = shown
-        cells.append(raw)
-        if "figure" in shown and any(map(has_picture, raw.outputs)):
-            rest = [o for o in raw.outputs if not has_picture(o)]
-            raw.outputs = [o for o in raw.outputs if has_picture(o)]
-            if rest:
-                cells.append(
-                    nbformat.v4.new_code_cell(
-                        outputs=rest,
-                        metadata={"tags": ["remove-input"]},
-                        id=f"rest-{cell.id}"[:64],
-                    )
-                )
+        cells += split_outputs(raw, cell)
     ending = statements_table(notebook, claims), below and nested_contents(list(below))
     for index, text in enumerate(filter(None, ending)):
         cells.append(nbformat.v4.new_markdown_cell(text, id=f"ending-{index}"))
