@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['list_command', 'info_command', 'check_command', 'bench_command', 'train_command', 'predict_command', 'Parser',
-           'at_least_one', 'word', 'make_parser', 'main']
+           'at_least_one', 'seed', 'word', 'make_parser', 'main']
 
 # %% ../nbs/cli.ipynb #28ad9f90
 import argparse
@@ -273,7 +273,8 @@ def _trained(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from attn_notes.zoo.registry import model_info
 
     name = model_info(arguments.name).name
-    folder = find_checkpoint(arguments.pretrained or shipped_weights(name))[0]
+    given = arguments.pretrained
+    folder = find_checkpoint(shipped_weights(name) if given is None else given)[0]
     if folder is None:
         raise InputError(
             "--pretrained: expected a folder that attn-notes train wrote; got the "
@@ -373,6 +374,15 @@ def at_least_one(text: str) -> int:
         raise argparse.ArgumentTypeError(
             "expected a whole number of at least 1, and at most nine digits; "
             f"got {text!r}"
+        )
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that random generators begin with, for argparse."""
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0, of at most 18 digits; got {text!r}"
         )
     return int(text)
 
@@ -485,7 +495,7 @@ def _add_training(commands: Any) -> None:
         action="store_true",
         help="continue the run in the output folder from its last checkpoint",
     )
-    one.add_argument("--seed", type=int, metavar="N", help="instead of the recipe's")
+    one.add_argument("--seed", type=seed, metavar="N", help="instead of the recipe's")
     one.add_argument(
         "--max-steps",
         type=at_least_one,

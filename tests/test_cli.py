@@ -696,6 +696,8 @@ def test_a_marian_folder_translates(marian, capsys):
         (["predict", "transformer_tiny", "--num-beams", "9" * 99, "a"], "nine digits"),
         (["predict", "transformer_tiny", "--num-beams", "\u00b2", "a"], "whole number"),
         (["train", "seq2seq_gru", "--output", "~nosuchuser/x"], "~nosuchuser"),
+        (["train", "seq2seq_gru", "--output", "x", "--seed", "9" * 20], "18 digits"),
+        (["predict", "transformer_tiny", "--pretrained", "", "a"], "got ''"),
         (["dance\nfloor"], "invalid choice"),
         (["list", "--a\nb\x1b[31m"], "unrecognized arguments: --a b\\x1b[31m"),
         (["list", "a", "b" * 200_000], "unrecognized arguments"),
