@@ -5,11 +5,11 @@ __all__ = ['Schedule', 'P', 'SCHEDULES', 'constant', 'inverse_square_root', 'cos
 
 # %% ../../nbs/training/02_schedules.ipynb #7175d876
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
-from ..foundations.checks import ConfigError
+from ..foundations.checks import ConfigError, checked
 
 Schedule = Callable[[int], float]
 
@@ -24,7 +24,9 @@ P = ParamSpec("P")
 
 
 def _from_first_step(make: Callable[P, Schedule]) -> Callable[P, Schedule]:
-    "The schedules of `make`, with the factor of step 1 at step 0 too."
+    """The schedules of `make`, with the factor of step 1 at step 0 too. Raises
+    `ConfigError` for arguments of another type."""
+    make = checked(ConfigError)(make)
 
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
@@ -74,7 +76,7 @@ def cosine(max_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> Schedul
 # %% ../../nbs/training/02_schedules.ipynb #7e97e8ee
 @_from_first_step
 def step_decay(
-    milestones: Sequence[int], decay: float = 0.1, warmup_steps: int = 0
+    milestones: tuple[int, ...], decay: float = 0.1, warmup_steps: int = 0
 ) -> Schedule:
     """1, times `decay` for every milestone that has passed, after a linear rise over
     `warmup_steps`."""
