@@ -359,6 +359,9 @@ def record_attention(
     one sentence; where the slots share a memory, its row has their queries one after
     another, for every step. Records may be nested, and closed in any order. Compiled
     models run uncompiled meanwhile."""
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise InputError(f"record_attention: expected a model; got a {kind}")
     recorder = _Recorder(model)
     _RECORDERS.set((*_RECORDERS.get(), recorder))
     _run_eagerly(+1)

@@ -35,6 +35,16 @@ def _larger_room(
     return _Room(*new, end=length)
 
 
+def _check_goes_on(name: str, old: Tensor, new: Tensor) -> None:
+    "Raises `InputError` unless `new` differs from `old` in the number of tokens only."
+    fits = (*old.shape[:2], old.shape[3]) == (*new.shape[:2], new.shape[3])
+    if not fits or old.dtype != new.dtype:
+        raise InputError(
+            f"cache: expected {name} (b h n c) that go on from {tuple(old.shape)}, "
+            f"{old.dtype}; got {tuple(new.shape)}, {new.dtype}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class KeyValueCache:
     """Keys and values of the first `length` tokens, eq. (eq-cache), as an immutable
@@ -48,15 +58,12 @@ class KeyValueCache:
         self, k: Float[Tensor, "b h n c"], v: Float[Tensor, "b h n e"]
     ) -> tuple[Float[Tensor, "b h t c"], Float[Tensor, "b h t e"], "KeyValueCache"]:
         """Add n tokens: the keys and values of all `length + n` tokens, as views, and
-        the state after them. Raises `InputError` for another batch or head size."""
+        the state after them. Raises `InputError` for another batch, head size or
+        precision."""
         room, end = self._room, self.length + k.shape[2]
         if room is not None:
-            old = room.keys[:, :, : self.length]
-            if (*old.shape[:2], old.shape[3]) != (*k.shape[:2], k.shape[3]):
-                raise InputError(
-                    "cache: expected keys (b h n c) that go on from "
-                    f"{tuple(old.shape)}; got {tuple(k.shape)}"
-                )
+            for name, old, new in ("keys", room.keys, k), ("values", room.values, v):
+                _check_goes_on(name, old[:, :, : self.length], new)
         if room is None or room.end != self.length or end > room.keys.shape[2]:
             room = _larger_room(room, self.length, k, v, end + max(4, end // 4))
         room.keys[:, :, self.length : end] = k

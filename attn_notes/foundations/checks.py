@@ -47,7 +47,8 @@ def _came(x: Any) -> str:
     """`x` in a few words, for an error message: type and shape of a tensor, otherwise
     its class."""
     if isinstance(x, Tensor):
-        return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+        shape = "ragged rows" if x.is_nested else f"shape {tuple(x.shape)}"
+        return f"{str(x.dtype).removeprefix('torch.')} of {shape}"
     return type(x).__name__
 
 
@@ -64,15 +65,15 @@ def _shown(value: Any) -> str:
 def check_ids(
     ids: Tensor, name: str = "input_ids", max_tokens: int | None = None
 ) -> None:
-    """Raises `InputError` unless `ids` is a non-empty integer tensor (b n), n at most
-    `max_tokens`, the number of positions, where there is one. Reads no data."""
-    whole = isinstance(ids, Tensor) and not (
-        ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
-    )
-    if not whole or ids.ndim != 2:
+    """Raises `InputError` unless `ids` is a non-empty, dense tensor (b n) of whole
+    numbers of 64 or 32 bits, n at most `max_tokens`, the number of positions, where
+    there is one. Reads no data."""
+    whole = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
+    dense = whole and ids.layout == torch.strided and not ids.is_nested
+    if not dense or ids.ndim != 2:
         raise InputError(
-            f"{name}: expected token ids, whole numbers of shape (b, n); "
-            f"got {_came(ids)}"
+            f"{name}: expected token ids, whole numbers of shape (b, n) and 64 or 32 "
+            f"bits; got {_came(ids)}"
         )
     if 0 in ids.shape:
         raise InputError(

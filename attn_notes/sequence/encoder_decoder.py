@@ -13,15 +13,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attn_notes.foundations.checks import (
+    InputError,
     check_id_values,
     check_ids,
     check_mask_rows,
     check_mask_shape,
     check_pair,
+    checked,
 )
 from attn_notes.foundations.generation import (
+    Beams,
+    Penalty,
     beam_search,
-    check_counts,
     greedy_search,
     max_lengths,
 )
@@ -109,20 +112,20 @@ def check_source(
         warn_of_padding(input_ids, config.pad_token_id)
 
 # %% ../../nbs/sequence/00_encoder_decoder.ipynb #5fa10c75
+@checked(InputError)
 def generate(
     model: EncoderDecoder,
     input_ids: Int[Tensor, "b n"],
     attention_mask: Bool[Tensor, "b n"] | None = None,
     max_new_tokens: int | Int[Tensor, "b"] | None = 50,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
+    num_beams: Beams = 1,
+    length_penalty: Penalty = 1.0,
 ) -> Int[Tensor, "b t"]:
     """What `EncoderDecoder.generate` does; values are checked before the source is
     encoded."""
     config = model.config
     check_source(config, input_ids, attention_mask, model.max_tokens)
     b, n = input_ids.shape
-    check_counts(num_beams=num_beams)
     if max_new_tokens is None:
         real = input_ids >= 0 if attention_mask is None else attention_mask
         max_new_tokens = (real.sum(1) + 50).clamp(max=model.max_tokens or n + 50)

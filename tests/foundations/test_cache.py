@@ -175,9 +175,26 @@ def test_tokens_of_another_shape_are_refused(other):
     cache, k, v = filled(5)
     with pytest.raises(
         InputError,
-        match=r"^cache: expected keys .* that go on from \(2, 3, 5, 4\); got \(.*1, .*",
+        match=r"^cache: expected keys .* that go on from \(2, 3, 5, 4\), .*; got \(.*1, .*",
     ):
         cache.append(*tokens(1, **other))
+    assert cache.length == 5 and all(map(torch.equal, held(cache), (k, v)))
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("keys", lambda k, v: (k.half(), v)),
+        ("values", lambda k, v: (k, v.half())),
+        ("values", lambda k, v: (k, v[:1])),
+        ("values", lambda k, v: (k, v[..., :1])),
+    ],
+)
+def test_nothing_is_cast_or_spread_on_its_way_into_the_room(name, change):
+    cache, k, v = filled(5)
+    with pytest.raises(InputError, match=f"^cache: expected {name} "):
+        cache.append(*change(*tokens(1)))
     assert cache.length == 5 and all(map(torch.equal, held(cache), (k, v)))
 
 

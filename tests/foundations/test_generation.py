@@ -859,13 +859,16 @@ def never(tokens, state):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"temperature": 0.0}, "temperature: expected a number above 0; got 0.0"),
+        (
+            {"temperature": 0.0},
+            "temperature: expected a finite number above 0; got 0.0",
+        ),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
-        ({"top_k": 0}, "top_k must be a whole number of at least 1; got 0"),
+        ({"top_k": 0}, "top_k: expected a whole number"),
         ({"top_k": 2.5}, "top_k"),
-        ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\]; got 0.0"),
+        ({"top_p": 0.0}, "top_p: expected a number from above 0 to 1, .*; got 0.0"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
     ],
@@ -877,11 +880,9 @@ def test_bad_sampling_options(options, message):
 
 @pytest.mark.no_shapes
 def test_a_generator_of_another_device():
-    class Elsewhere:
-        device = torch.device("cuda")
-
-    with pytest.raises(InputError, match="expected one on cpu; got one on cuda"):
-        sample(never, None, bos(2), EOS, PAD, 4, generator=Elsewhere())
+    here, there = torch.Generator(), bos(2).to("meta")
+    with pytest.raises(InputError, match="expected one on meta; got one on cpu"):
+        sample(never, None, there, EOS, PAD, 4, generator=here)
 
 
 @pytest.mark.no_shapes
@@ -892,7 +893,7 @@ def test_bad_sizes_are_found_before_any_work():
         lambda: beam_search(never, None, bos(1), EOS, PAD, -1),
         lambda: beam_search(never, None, bos(1), EOS, PAD, 5, num_beams=0),
     ):
-        with pytest.raises(InputError, match="must be a whole number of at least 1"):
+        with pytest.raises(InputError, match="expected a whole number"):
             call()
 
 
@@ -921,3 +922,46 @@ def test_scores_that_are_no_numbers(method):
     nothing = lambda tokens, state: (torch.full((len(tokens), V), -torch.inf), state)
     with pytest.raises(InputError, match="finite number"):
         method(nothing, None, bos(1), EOS, PAD, 5)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_beams=1001),
+        dict(num_beams=10**30),
+        dict(num_beams=2.0),
+        *(dict(length_penalty=x) for x in ("1", None, True, torch.nan, 1e9, [1])),
+    ],
+    ids=str,
+)
+def test_a_beam_that_can_not_be(options):
+    (name,) = options
+    with pytest.raises(InputError, match=f"^{name}"):
+        beam_search(never, None, bos(1), EOS, PAD, 5, **options)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("options", [dict(temperature="1"), dict(top_p="1")], ids=str)
+def test_texts_for_numbers(options):
+    (name,) = options
+    with pytest.raises(InputError, match=f"^{name}: expected a (finite )?number"):
+        sample(never, None, bos(1), EOS, PAD, 5, **options)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("method", METHODS)
+def test_integers_that_no_embedding_takes(method):
+    "And sparse or ragged prompts, and limits of such a type."
+    for prompt in (
+        bos(2).to(torch.uint8),
+        bos(2).to(torch.uint64),
+        bos(2).to_sparse(),
+        torch.nested.nested_tensor([bos(1)[0], bos(1)[0]]),
+    ):
+        with pytest.raises(InputError, match="^prompt: expected token ids"):
+            method(never, None, prompt, EOS, PAD, 5)
+    limits = torch.tensor([2, 3], dtype=torch.uint64)
+    with pytest.raises(InputError, match="^max_new_tokens: expected whole numbers"):
+        method(never, None, bos(2), EOS, PAD, limits)
