@@ -8,7 +8,6 @@ __all__ = ['SQRT_HALF', 'TINY', 'TINY_RECIPE', 'EPOCH', 'PAPER_RECIPE', 'token_p
            'DecoderAttention', 'ConvDecoder', 'ConvS2S']
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #6c984025
-#| code-fold: true
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,8 +61,8 @@ _WEIGHTS: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar(
 
 @contextmanager
 def weights_kept() -> Iterator[None]:
-    """Inside, the weight of a `WeightNorm` is put together at its first use and not
-    again, in this thread. For generation, under torch.no_grad()."""
+    """Inside, the weight of a `WeightNorm` is computed at its first use and kept, for
+    this thread. For generation, under torch.no_grad()."""
     token = _WEIGHTS.set({})
     try:
         yield
@@ -84,11 +83,11 @@ class WeightNorm(nn.Module):
     def weight(self) -> Tensor:
         "W, from the lengths g and the directions V."
         kept: Any = _WEIGHTS.get()
-        together: Any = self.parametrizations["weight"]
+        compute: Any = self.parametrizations["weight"]
         if kept is None:
-            return together()
+            return compute()
         if self not in kept:
-            kept[self] = together()
+            kept[self] = compute()
         return kept[self]
 
     def forward(self, x: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b m w"]:
@@ -204,7 +203,7 @@ def gated_stack(config: ConvS2SConfig) -> nn.ModuleList:
 
 class ConvEncoder(nn.Module):
     """Source tokens to the keys z and the values z + e of the attention,
-    eqs. (eq-conv-residual) and (eq-conv-values)."""
+    eqs. (eq-conv-residual) and (eq-conv-computed)."""
 
     layers: Any  # of GatedConv
 
@@ -345,14 +344,13 @@ class ConvS2S(EncoderDecoder):
         num_beams: int = 1,
         length_penalty: float = 1.0,
     ) -> Int[Tensor, "b t"]:
-        """As `EncoderDecoder.generate`, the weights put together once, not at every
+        """As `EncoderDecoder.generate`, each weight computed once, not at every
         step."""
         options = max_new_tokens, num_beams, length_penalty
         with weights_kept():
             return super().generate(input_ids, attention_mask, *options)
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #575900cd
-#| code-fold: true
 TINY: dict[str, Any] = {
     "source_vocab_size": 1000,
     "target_vocab_size": 1000,
@@ -386,7 +384,6 @@ PAPER_RECIPE = Recipe(
 )
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #5b48a690
-#| code-fold: true
 register_models(
     ConvS2S,
     {
