@@ -72,8 +72,8 @@ def check_ids(
     dense = whole and ids.layout == torch.strided and not ids.is_nested
     if not dense or ids.ndim != 2:
         raise InputError(
-            f"{name}: expected token ids, whole numbers of shape (b, n) and 64 or 32 "
-            f"bits; got {_came(ids)}"
+            f"{name}: expected token ids, whole numbers of 64 or 32 bits and of shape "
+            f"(b, n); got {_came(ids)}"
         )
     if 0 in ids.shape:
         raise InputError(

@@ -175,7 +175,7 @@ def test_tokens_of_another_shape_are_refused(other):
     cache, k, v = filled(5)
     with pytest.raises(
         InputError,
-        match=r"^cache: expected keys .* that go on from \(2, 3, 5, 4\), .*; got \(.*1, .*",
+        match=r"^cache: expected keys .* that go on from \(2, 3, 5, 4\), .*; got \(",
     ):
         cache.append(*tokens(1, **other))
     assert cache.length == 5 and all(map(torch.equal, held(cache), (k, v)))
