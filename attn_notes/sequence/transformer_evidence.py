@@ -174,7 +174,7 @@ class NarrowAttention(ScaledDotProductAttention):
         super().__init__()
         self.key_size = key_size
 
-    def forward(
+    def forward(  # ty: ignore[incompatible-method-override]
         self,
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b h m d"],
