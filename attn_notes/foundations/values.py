@@ -103,8 +103,9 @@ def in_words(hint: Any) -> str:
     if (origin or hint) is Mapping:
         of = f": {in_words(parts[0])} to {in_words(parts[1])}" if parts else ""
         return f"a mapping{of}"
-    name = getattr(hint, "array_type", hint)
-    return _WORDS.get(hint, f"a {getattr(name, '__name__', name)}")
+    kind = getattr(hint, "array_type", hint)  # of a tensor, whatever its shape
+    of_torch = "torch." * (getattr(kind, "__module__", "") == "torch")
+    return _WORDS.get(hint, f"a {of_torch}{getattr(kind, '__name__', kind)}")
 
 # %% ../../nbs/foundations/10_values.ipynb #87fc9aac
 def _number(value: Any, kind: type) -> Any:

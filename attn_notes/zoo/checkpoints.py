@@ -50,6 +50,56 @@ def _complete_shared(model: nn.Module, state: StateDict, source: str) -> None:
                 )
         state.update({name: state[held[0]] for name in names if held})
 
+# %% ../../nbs/zoo/04_checkpoints.ipynb #f2a02778
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _unusual(value: Any) -> str | None:
+    """What a tensor is that is not the plain numbers of a weight."""
+    if type(value) not in (Tensor, nn.Parameter):
+        nested = isinstance(value, Tensor) and value.is_nested
+        return "nested" if nested else type(value).__name__
+    if value.is_nested:
+        return "nested"
+    if value.is_quantized:
+        return f"quantized ({_name(value.dtype)})"
+    return None if value.layout == torch.strided else _name(value.layout)
+
+
+def _check_plain(
+    state: Mapping[str, Tensor], source: str, no_memory: bool = False
+) -> None:
+    """Raises `CheckpointError` for sparse, quantized and nested tensors, other kinds of
+    tensors, and those without data (meta) for a model that has memory."""
+    for key, value in state.items():
+        what = _unusual(value)
+        if what is None and value.is_meta and not no_memory:
+            what = "without data (meta)"
+        if what:
+            raise CheckpointError(
+                f"{source}: expected plain numbers; got {what} as {key}"
+            )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Which numbers a type has."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return "floating" if dtype.is_floating_point else "complex"
+    return "bool" if dtype == torch.bool else "whole"
+
+
+def _converts(dtype: torch.dtype, own: torch.dtype) -> bool:
+    """Whether numbers of one type can become another's: floats of 16 bits those of 32,
+    but no whole number a weight."""
+    if _kind(dtype) != _kind(own):
+        return False
+    try:  # of the smallest types not all can be converted
+        torch.empty(1, dtype=own).copy_(torch.empty(1, dtype=dtype))
+    except RuntimeError:
+        return False
+    return True
+
 # %% ../../nbs/zoo/04_checkpoints.ipynb #d5e61d33
 def _tolerated(
     own: StateDict, state: StateDict, fmt: CheckpointFormat, classifier: tuple[str, ...]
@@ -77,13 +127,24 @@ def _tolerated(
 
 def _wrong(own: StateDict, state: StateDict, left: set[str]) -> dict[str, list[str]]:
     """The keys that must not differ, by how they do; those in `left` may."""
+    both = [k for k in own if k in state and k not in left]
     return {
         "missing": [k for k in own if k not in state and k not in left],
         "unexpected": [k for k in state if k not in own and k not in left],
         "misshapen": [
-            f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}"
-            for k, v in own.items()
-            if k in state and state[k].shape != v.shape and k not in left
+            f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}"
+            for k in both
+            if state[k].shape != own[k].shape
+        ],
+        "of another type": [
+            f"{k} {_name(state[k].dtype)} for {_name(own[k].dtype)}"
+            for k in both
+            if not _converts(state[k].dtype, own[k].dtype)
+        ],
+        "not to be written to": [
+            k
+            for k in both
+            if own[k].is_inference() and not torch.is_inference_mode_enabled()
         ],
     }
 
@@ -103,8 +164,11 @@ def fit_state(
     that the format never holds; parts that the model has not are skipped: all with a
     `CheckpointWarning` that lists them. Returns the keys of the model that were not
     filled. Raises `CheckpointError` that lists any other missing, unexpected or
-    misshapen key; then the model is left as it was."""
+    misshapen key, and tensors that are no plain numbers of the kind that the model has;
+    then the model is left as it was."""
+    no_memory = any(v.is_meta for v in model.state_dict().values())
     state = strip_wrappers(state)
+    _check_plain(state, source, no_memory)
     fmt = find_format(state, formats)
     state = fmt.apply(state, model)
     _complete_shared(model, state, source)
@@ -123,7 +187,7 @@ def fit_state(
         told = {what: keys for what, keys in told.items() if keys}
         said = "; ".join(f"{what}: {list_keys(keys)}" for what, keys in told.items())
         warnings.warn(f"{source}: {said}", CheckpointWarning, stacklevel=2)
-    if not any(v.is_meta for v in own.values()):  # without memory it is only compared
+    if not no_memory:  # else it is only compared
         taken = {key: state[key] for key in own if key not in left}
         model.load_state_dict(taken, strict=not left)
     return tuple(key for key in own if key in left)
@@ -204,11 +268,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 # %% ../../nbs/zoo/04_checkpoints.ipynb #f03175b5
-def _frozen(value: Any) -> Any:
-    """Lists of JSON as the tuples of a frozen configuration."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
 def stored_config(info: ModelInfo, folder: Path, fmt: CheckpointFormat = NATIVE) -> Any:
     """The configuration that a folder in some format holds for a registered model.
 
@@ -221,9 +280,9 @@ def stored_config(info: ModelInfo, folder: Path, fmt: CheckpointFormat = NATIVE)
     try:
         if fmt.config is not None:
             stored = fmt.config(stored)
-        values = {key: _frozen(v) for key, v in stored.items() if key in known}
+        values = {key: v for key, v in stored.items() if key in known}
         return override(info.config, values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     except LookupError as error:
         raise CheckpointError(
@@ -259,7 +318,7 @@ def load_pretrained(
     overrides that the configuration refuses."""
     if pretrained is True:
         pretrained = shipped_weights(info.name)
-    if not isinstance(pretrained, str | Path):
+    if not isinstance(pretrained, str | Path) or pretrained == "":
         raise ConfigError(
             f"pretrained: expected True, a path or a hub id; got {pretrained!r}"
         )

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..foundations.checks import InputError
+from ..foundations.checks import ConfigError, InputError, checked
+from ..foundations.values import Size
 from attn_notes.zoo.factory import (
     check_placement,
     count_parameters,
@@ -188,8 +189,9 @@ def _check_real(
     return count_parameters(model), _step(name, model.train(), inputs), difference
 
 # %% ../../nbs/zoo/07_devices.ipynb #d3378376
+@checked(ConfigError)
 def check_model(
-    name: str, device: str | None = None, batch_size: int = 2, **overrides: Any
+    name: str, device: str | None = None, batch_size: Size = 2, **overrides: Any
 ) -> DeviceReport:
     """Run a registered model forward, through a loss and backward, on "cpu", "cuda" or
     another device, or on fake tensors ("fake").

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from ..foundations.checks import ConfigError, unknown_name_error
+from ..foundations.checks import ConfigError, checked, unknown_name_error
 from .formats import NATIVE, CheckpointFormat
 
 # %% ../../nbs/zoo/03_registry.ipynb #1c386985
@@ -147,12 +147,14 @@ def read_index() -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+@checked(ConfigError)
 def list_models(pattern: str = "*") -> list[str]:
     """The names that match a shell pattern, sorted: `list_models("seq2seq*")`. No
     chapter is imported."""
     return sorted(n for n in {*read_index(), *_MODELS} if fnmatchcase(n, pattern))
 
 # %% ../../nbs/zoo/03_registry.ipynb #2fa68328
+@checked(ConfigError)
 def model_info(name: str) -> ModelInfo:
     """Everything known of a model name. Imports the one chapter that registers it.
 

@@ -117,7 +117,7 @@ def test_what_it_does_not_allow(value, hint):
         (tuple[bool, ...], "a tuple, each True or False"),
         (tuple[int, str], "a tuple of 2: a whole number, a text"),
         (Mapping[str, Rate], "a mapping: a text to a number from 0 to below 1"),
-        (int | Int[Tensor, "b"], "a whole number, or a Tensor"),
+        (int | Int[Tensor, "b"], "a whole number, or a torch.Tensor"),
     ],
 )
 def test_in_words(hint, words):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from attn_notes.foundations.checks import check_positive
+from attn_notes.foundations.checks import check_fields
+from attn_notes.foundations.values import Size
 from attn_notes.zoo import registry
 from attn_notes.zoo.formats import CheckpointFormat, rename
 from attn_notes.zoo.hub import PretrainedMixin
@@ -16,17 +17,13 @@ from attn_notes.zoo.registry import register_models
 
 @dataclass(frozen=True)
 class ToyConfig:
-    vocab_size: int = 11
-    hidden_size: int = 6
-    num_classes: int = 3
-    widths: tuple[int, ...] = (4, 5)
+    vocab_size: Size = 11
+    hidden_size: Size = 6
+    num_classes: Size = 3
+    widths: tuple[Size, ...] = (4, 5)
 
     def __post_init__(self):
-        check_positive(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_classes=self.num_classes,
-        )
+        check_fields(self)
 
 
 class Toy(nn.Module, PretrainedMixin):

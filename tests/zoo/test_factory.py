@@ -58,10 +58,10 @@ def test_a_size_that_no_machine_holds_can_be_counted(toy):
         ),
         (lambda: an.create_model("toy", device="nonsense"), "got 'nonsense'"),
         (lambda: an.create_model("toy", dtype=torch.int64), "floating torch.dtype"),
-        (lambda: an.create_model("toy", dtype="bfloat16"), "floating torch.dtype"),
+        (lambda: an.create_model("toy", dtype="bfloat16"), "a torch.dtype, or None"),
         (
             lambda: an.example_inputs("toy", batch_size=0),
-            "batch_size: expected at least 1",
+            "batch_size: expected a whole number from 1",
         ),
         (lambda: an.example_inputs("toy", hidden=1), "unknown field"),
         (lambda: an.example_inputs("toy", device="nonsense"), "got 'nonsense'"),
