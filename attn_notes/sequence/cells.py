@@ -32,8 +32,7 @@ def rnn_cell(
     b: Float[Tensor, "h"],
     b2: Float[Tensor, "h"],
 ) -> list[Float[Tensor, "b h"]]:
-    """One step of Elman's network: from the input x and the state [h] the new state
-    [h]."""
+    """One step of Elman's network: input x and state [h] give the new state [h]."""
     (h,) = state
     return [torch.tanh(x @ W.T + b + h @ U.T + b2)]
 
@@ -61,8 +60,7 @@ def lstm_cell(
     b: Float[Tensor, "4*h"],
     b2: Float[Tensor, "4*h"],
 ) -> list[Float[Tensor, "b h"]]:
-    """One step of an LSTM: from the input x and the state [h, c] the new state
-    [h, c]."""
+    """One step of an LSTM: input x and state [h, c] give the new state [h, c]."""
     h, c = state
     i, f, g, o = (x @ W.T + b + h @ U.T + b2).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -77,8 +75,8 @@ def gru_cell(
     b: Float[Tensor, "3*h"],
     b2: Float[Tensor, "3*h"],
 ) -> list[Float[Tensor, "b h"]]:
-    """One step of a GRU in PyTorch's form, reset after the product: from the input x
-    and the state [h] the new state [h]."""
+    """One step of a GRU, reset after the product as in PyTorch: input x and state
+    [h] give the new state [h]."""
     (h,) = state
     (xr, xz, xn), (hr, hz, hn) = (x @ W.T + b).chunk(3, -1), (h @ U.T + b2).chunk(3, -1)
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
@@ -169,6 +167,7 @@ def run_kernel(
     return output, [s.reshape(old.shape) for s, old in zip(state, start, strict=True)]
 
 # %% ../../nbs/sequence/01_cells.ipynb #8b9c25a2
+#| code-fold: true
 def run_padded(
     layers: RecurrentBase,
     x: Float[Tensor, "b n i"],
@@ -218,6 +217,7 @@ def initial_state(
     return states
 
 # %% ../../nbs/sequence/01_cells.ipynb #59aa17a4
+#| code-fold: true
 class Recurrent(RecurrentBase):
     """Layers of RNN, LSTM or GRU cells, in one or both directions. State dicts go both
     ways between it and `torch.nn.RNN`, `LSTM` or `GRU`.
