@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'LENGTH_BOUNDS', 'SMALL_START', 'FEEDBACK', 'CLDR_SETTINGS', 'SPACE_SIGN', 'UNIT_SETTINGS',
            'short_phrases', 'task_of', 'joined_phrases', 'FirstStepOnly', 'make_variant', 'short_recipe',
-           'scores_by_length', 'train_variant', 'own_prefix_logits', 'ScheduledSampling', 'train_feedback',
-           'train_phrases', 'round_to_half', 'save_release', 'score_phrases', 'to_characters', 'from_characters',
-           'unit_phrases', 'train_unit', 'TorchSeq2Seq', 'lstm_pair']
+           'scores_by_length', 'train_variant', 'HandedOver', 'train_handed_over', 'own_prefix_logits',
+           'ScheduledSampling', 'train_feedback', 'train_phrases', 'round_to_half', 'save_release', 'score_phrases',
+           'to_characters', 'from_characters', 'unit_phrases', 'train_unit', 'TorchSeq2Seq', 'lstm_pair']
 
 # %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #54f9de96
 from functools import lru_cache
@@ -167,6 +167,27 @@ def train_variant(
     """Train one variant on joined phrases; its scores on the test pairs."""
     task = joined_phrases()
     model = make_variant(name, task, seed, initializer_range)
+    train(model, task, short_recipe(steps, seed), progress=False)
+    scores = task.evaluate(model, "test")
+    return {**scores, "by_length": scores_by_length(model, task)}
+
+# %% ../../nbs/sequence/02_seq2seq_evidence.ipynb #2a4f8219
+class HandedOver(Seq2SeqGRU):
+    """Cho's model with the source in the initial state only, and that state the
+    encoder's last one as it is, without the layers V and V' between."""
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict:
+        _, (final,) = self.encoder(input_ids, attention_mask)
+        return {"rnn": (final,), "context": torch.zeros_like(final[:, -1])}
+
+
+@experiment("seq2seq", "handed_over", [{}])
+def train_handed_over(seed: int, steps: int = 700) -> dict:
+    """Train `first step` with the encoder's state handed over as it is."""
+    task = joined_phrases()
+    config = make_variant("first step", task, seed).config
+    torch.manual_seed(seed)
+    model = HandedOver(config)
     train(model, task, short_recipe(steps, seed), progress=False)
     scores = task.evaluate(model, "test")
     return {**scores, "by_length": scores_by_length(model, task)}

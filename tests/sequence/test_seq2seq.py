@@ -592,6 +592,14 @@ def test_context_in_the_first_step_only():
     )
 
 
+def test_a_state_handed_over_is_the_encoders():
+    from attn_notes.sequence.seq2seq_evidence import HandedOver
+
+    model, (source, _, mask) = build(HandedOver), batch()
+    state, (_, (final,)) = model.encode(source, mask), model.encoder(source, mask)
+    assert torch.equal(state["rnn"][0], final) and not state["context"].any()
+
+
 def test_scheduled_sampling_goes_from_first_to_last():
     """The share of own tokens by step, and the loss of the tokens as they are read."""
     from attn_notes.sequence.seq2seq_evidence import (
@@ -649,7 +657,7 @@ def test_no_experiment_writes_weights():
     from attn_notes.training.experiments import EXPERIMENTS
 
     functions = [e.function for key, e in EXPERIMENTS.items() if key[0] == "seq2seq"]
-    assert len(functions) == 6
+    assert len(functions) == 7
     for function in (*functions, seq2seq_evidence.train_phrases):
         assert "save" not in inspect.getsource(function)
 
@@ -671,7 +679,15 @@ def test_the_timed_pair_is_equal():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["variants", "small_start", "equal_time", "feedback", "phrases", "characters"],
+    [
+        "variants",
+        "small_start",
+        "equal_time",
+        "handed_over",
+        "feedback",
+        "phrases",
+        "characters",
+    ],
 )
 def test_stored_runs_replay(name):
     """Seed 0 of every setting gives its stored losses again."""
