@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..foundations.checks import ConfigError, InputError
+from ..foundations.special_ids import SpecialIds
 
 # %% ../../nbs/data/02_batching.ipynb #db566e80
 Row = Sequence[int] | np.ndarray
@@ -43,10 +44,7 @@ def pad_ids(
 
 # %% ../../nbs/data/02_batching.ipynb #b2921928
 def collate_pairs(
-    pairs: Sequence[tuple[Row, Row]],
-    pad_token_id: int = 0,
-    bos_token_id: int = 1,
-    eos_token_id: int = 2,
+    pairs: Sequence[tuple[Row, Row]], special_ids: SpecialIds | None = None
 ) -> dict[str, Tensor]:
     """A batch for an encoder-decoder from (source ids, target ids) without bos, eos.
 
@@ -54,6 +52,8 @@ def collate_pairs(
     `decoder_attention_mask` and `labels` = target + eos, -100 on padding, (b m).
     Raises `InputError` for no pairs, or for a source without a token.
     """
+    special = special_ids or SpecialIds()
+    pad_token_id = special.pad_token_id
     input_ids, attention_mask = pad_ids([source for source, _ in pairs], pad_token_id)
     targets = [target for _, target in pairs]
     lengths = np.array([[len(target)] for target in targets])
@@ -61,9 +61,9 @@ def collate_pairs(
     mask = position <= lengths
     first, last = mask & (position == 0), position == lengths
     decoder_input_ids = _fill(targets, mask & ~first, pad_token_id)
-    decoder_input_ids[:, 0] = bos_token_id
+    decoder_input_ids[:, 0] = special.bos_token_id
     labels = _fill(targets, mask & ~last, -100)
-    labels[torch.from_numpy(last)] = eos_token_id
+    labels[torch.from_numpy(last)] = special.eos_token_id
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

@@ -14,6 +14,7 @@ from typing import Any
 
 from .vocabulary import Vocabulary
 from ..foundations.checks import CheckpointError, ConfigError, require_package
+from ..foundations.special_ids import SpecialIds
 
 # %% ../../nbs/data/08_marian.ipynb #65425e55
 SIDES = ("source", "target")
@@ -64,6 +65,8 @@ class MarianVocabulary(Vocabulary):
         self.index = _read_ids(Path(folder) / "vocab.json")
         self.model = _read_pieces(Path(folder) / f"{side}.spm")
         self.tokens = sorted(self.index, key=self.index.__getitem__)
+        pad, end = self.index["<pad>"], self.index["</s>"]
+        self.special_ids = SpecialIds(pad, pad, end)  # padding starts a translation
 
     def pieces(self, text: str) -> list[str]:
         """The pieces of a text; the name of a target language before it is one."""

@@ -18,6 +18,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import chain, compress
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from attn_notes.foundations.checks import (
     check_positive,
     require_package,
 )
+from ..foundations.special_ids import SpecialIds, check_special_ids
 from ..training.losses import token_cross_entropy
 
 # %% ../../nbs/data/06_translation_task.ipynb #c30e19b4
@@ -262,6 +264,11 @@ class EncodedSplits(PairSplits):
         return self._ids[split]
 
     @property
+    def special_ids(self) -> SpecialIds:
+        """Of padding, start and end, as the vocabularies have them."""
+        return self.target_vocab.special_ids
+
+    @property
     def source_vocab(self) -> Vocabulary:
         return self.vocabularies[0]
 
@@ -274,7 +281,8 @@ class FittedSplits(EncodedSplits):
     """What the sizes of a model and those of the data ask of each other."""
 
     def overrides(self, config: Any = None) -> dict[str, int]:
-        """Sizes of vocabularies for a model; makes the task fit its configuration.
+        """Sizes of vocabularies for a model, and the special ids that its configuration
+        has otherwise; makes the task fit the configuration.
 
         A `vocab_size` in it wants a shared vocabulary: raises `ConfigError` if the task
         has two. Training pairs beyond its `max_position_embeddings` are left out.
@@ -291,9 +299,11 @@ class FittedSplits(EncodedSplits):
         if length := getattr(config, "max_position_embeddings", None):
             self.filter_by_length(length)
         source, target = map(len, self.vocabularies)
+        ids = asdict(self.special_ids)
+        other = {k: v for k, v in ids.items() if getattr(config, k, v) != v}
         if shared:
-            return {"vocab_size": source}
-        return {"source_vocab_size": source, "target_vocab_size": target}
+            return {"vocab_size": source, **other}
+        return {"source_vocab_size": source, "target_vocab_size": target, **other}
 
     def filter_by_length(self, max_length: int) -> None:
         """Leave out longer training pairs, and bound translations by `max_length`."""
@@ -347,12 +357,14 @@ def token_loss(
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[list], list] = list,
+    special_ids: SpecialIds | None = None,
 ) -> float:
     """Mean cross-entropy per target token, without label smoothing."""
     batches, parts = length_batches(pairs.lengths.sum(1)), []
     with inference(model) as device:
         for i in range(rank, len(batches), world_size):
-            batch = collate_pairs([pairs[row] for row in batches[i]])
+            rows = [pairs[row] for row in batches[i]]
+            batch = collate_pairs(rows, special_ids)
             loss, count = pair_loss(model, {k: v.to(device) for k, v in batch.items()})
             parts.append((i, loss.item(), int(count)))
     _, losses, counts = zip(*sorted(gather(parts)), strict=True)
@@ -416,7 +428,8 @@ def translate(
     batches, found = length_batches(np.array([len(row) for row in sources], int)), []
     with inference(model) as device:
         for rows in batches[rank::world_size] if len(sources) else []:
-            input_ids, mask = pad_ids([sources[i] for i in rows])
+            pad = target.special_ids.pad_token_id
+            input_ids, mask = pad_ids([sources[i] for i in rows], pad)
             ids = model.generate(input_ids.to(device), mask.to(device), **options)
             found += zip(rows.tolist(), ids.tolist(), strict=True)
     return [target.decode(ids) for _, ids in sorted(gather(found))]
@@ -455,8 +468,11 @@ def check_texts(texts: Any) -> list[str]:
 
 
 def check_sizes(model: nn.Module, vocabularies: Sequence[Vocabulary]) -> None:
-    """Raises `ConfigError` for vocabularies of other sizes than the model's."""
+    """Raises `ConfigError` for vocabularies of other sizes, or with other special ids,
+    than the model's."""
     for side, vocabulary in zip(("source", "target"), vocabularies, strict=True):
+        config = getattr(model, "config", None)
+        check_special_ids(vocabulary.special_ids, config, f"{side} vocabulary")
         size = getattr(getattr(model, "config", None), f"{side}_vocab_size", None)
         if size not in (None, len(vocabulary)):
             raise ConfigError(
@@ -489,11 +505,15 @@ def encode_texts(
 class Translator(FittedSplits):
     """What a trained model is asked, translations and scores, and what it takes."""
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raises `ConfigError` for a model of other vocabularies than the task's."""
+        check_sizes(model, self.vocabularies)
+
     def generate(
         self, model: nn.Module, sources: Sequence, num_beams: int = 1, **options: Any
     ) -> list[str]:
         """Translations of rows of source ids, in their order."""
-        check_sizes(model, self.vocabularies)
+        self.check_model(model)
         options |= {"max_new_tokens": self.max_new_tokens, "num_beams": num_beams}
         return translate(model, sources, self.target_vocab, **options)
 
@@ -507,9 +527,10 @@ class Translator(FittedSplits):
         num_beams: int = 1,
     ) -> dict[str, float]:
         """`loss` per token (teacher forcing); `exact` and `bleu` of translations."""
+        self.check_model(model)
         share = {"rank": rank, "world_size": world_size, "gather": gather}
         pairs, references = self.dataset(split), [p.target for p in self.pairs(split)]
-        loss = token_loss(model, pairs, **share)
+        loss = token_loss(model, pairs, **share, special_ids=self.special_ids)
         sources = [source for source, _ in pairs]
         texts = self.generate(model, sources, num_beams, **share)
         scores = translation_scores(texts, references, self.target_vocab.language)
@@ -609,7 +630,7 @@ class TranslationTask(StoredTranslator):
 
     def collate(self, examples: Sequence) -> dict[str, Tensor]:
         """Examples of `dataset` as one batch."""
-        return collate_pairs(examples)
+        return collate_pairs(examples, self.special_ids)
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Labels of the batch; its rows where the loss is averaged over sequences."""

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from ..foundations.checks import ConfigError, InputError, require_package
+from ..foundations.special_ids import SpecialIds
 
 # %% ../../nbs/data/01_vocabulary.ipynb #4bc3c44e
 def _order_marks(text: str) -> str:
@@ -90,6 +91,8 @@ class TokenTable:
     `<pad>` is 0, `<bos>` 1, `<eos>` 2, `<unk>` 3. Raises `ConfigError` for a token
     that comes twice.
     """
+
+    special_ids = SpecialIds()
 
     def __init__(self, tokens: Sequence[str], language: str = "en"):
         self.language = language

@@ -29,6 +29,7 @@ from attn_notes.foundations.generation import (
     max_lengths,
 )
 from ..foundations.masks import check_right_padding, warn_of_padding
+from ..foundations.special_ids import SpecialIds
 from ..zoo.hub import PretrainedMixin
 
 # %% ../../nbs/sequence/00_encoder_decoder.ipynb #51f37310
@@ -37,6 +38,11 @@ class EncoderDecoder(nn.Module, PretrainedMixin):
     subclass sets `config` and gives `encode` and `decode`."""
 
     config: Any
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        """Of padding, start and end, as the configuration has them."""
+        return SpecialIds.of(self.config)
 
     @property
     def max_tokens(self) -> int | None:
@@ -147,7 +153,9 @@ def example_pair(config: Any, batch_size: int = 2, device: Any = None) -> dict:
     """What `EncoderDecoder.example_inputs` gives: keyword arguments of `forward`."""
     vocab_sizes = config.source_vocab_size, config.target_vocab_size
     source, target = (
-        torch.randint(3, vocab_size, (batch_size, length), device=device)
+        torch.randint(
+            min(3, vocab_size - 1), vocab_size, (batch_size, length), device=device
+        )
         for vocab_size, length in zip(vocab_sizes, (7, 5), strict=True)
     )
     source_mask = torch.ones_like(source, dtype=torch.bool)

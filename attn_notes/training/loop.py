@@ -173,9 +173,10 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 def prepare(run: Run, state: dict[str, Any] | None) -> None:
     """Look for what could end the run later. Raises `CheckpointError` for the
     checkpoint of another run, `InputError` for held-out data that do not fit the model,
-    and `ConfigError` for a disk without room."""
+    and `ConfigError` for a disk without room, or a model that is not for the task."""
     folder, model = run.files.folder, run.learner.unwrapped_model
     lengthened = False
+    getattr(run.learner.task, "check_model", lambda model: None)(model)
     if state and folder:
         lengthened = check_same_run(folder, state, run.about)
         restore(run, state)
