@@ -25,10 +25,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from ..foundations.attention import ScaledDotProductAttention
 from attn_notes.foundations.checks import (
     ConfigError,
-    check_positive,
-    check_probability,
+    check_fields,
 )
 from ..foundations.positions import LearnedPositions, TokenPositionEmbedding
+from ..foundations.values import Rate, Size, TokenId
 from .encoder_decoder import EncoderDecoder
 from ..training.recipes import Recipe
 from ..zoo.registry import register_models
@@ -141,38 +141,30 @@ def receptive_field(kernels: tuple[int, ...]) -> int:
 class ConvS2SConfig:
     """Sizes of a convolutional encoder-decoder; both stacks have the same layers.
     The defaults are fairseq's for WMT14 English-German. Raises `ConfigError` unless
-    every layer has a width and an odd kernel, for sizes below 1 and dropout outside
-    [0, 1)."""
+    every layer has a width and an odd kernel, and for a type or a range that no field
+    may have."""
 
-    source_vocab_size: int = 40_000
-    target_vocab_size: int = 40_000
-    hidden_size: int = 768  # width of the embeddings, of z and e
-    conv_dim: tuple[int, ...] = (512,) * 9 + (1024,) * 4 + (2048,) * 2
-    conv_kernel: tuple[int, ...] = (3,) * 13 + (1,) * 2  # as many as widths, odd
-    output_size: int = 512  # width in front of the vocabulary
-    max_position_embeddings: int = 1024
-    dropout: float = 0.1
-    pad_token_id: int = 0
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    source_vocab_size: Size = 40_000
+    target_vocab_size: Size = 40_000
+    hidden_size: Size = 768  # width of the embeddings, of z and e
+    conv_dim: tuple[Size, ...] = (512,) * 9 + (1024,) * 4 + (2048,) * 2
+    conv_kernel: tuple[Size, ...] = (3,) * 13 + (1,) * 2  # as many as widths, odd
+    output_size: Size = 512  # width in front of the vocabulary
+    max_position_embeddings: Size = 1024
+    dropout: Rate = 0.1
+    pad_token_id: TokenId = 0
+    bos_token_id: TokenId = 1
+    eos_token_id: TokenId = 2
 
     def __post_init__(self) -> None:
-        check_positive(
-            source_vocab_size=self.source_vocab_size,
-            target_vocab_size=self.target_vocab_size,
-            hidden_size=self.hidden_size,
-            output_size=self.output_size,
-            max_position_embeddings=self.max_position_embeddings,
-        )
-        check_probability(dropout=self.dropout)
+        check_fields(self)
         widths, kernels = len(self.conv_dim), len(self.conv_kernel)
         if not widths or widths != kernels:
             raise ConfigError(
                 "conv_dim and conv_kernel: expected a width and a kernel for every "
                 f"layer; got {widths} and {kernels}"
             )
-        for width, kernel in zip(self.conv_dim, self.conv_kernel, strict=True):
-            check_positive(conv_dim=width, conv_kernel=kernel)
+        for kernel in self.conv_kernel:
             if kernel % 2 == 0:
                 raise ConfigError(
                     "conv_kernel: expected odd kernels, which have a middle; "

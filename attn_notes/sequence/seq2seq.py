@@ -10,7 +10,7 @@ __all__ = ['SEQ2SEQ_PAPER', 'SEQ2SEQ_TINY', 'Seq2SeqConfig', 'reverse_tokens', '
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #6c36d1cb
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from ..foundations.attention import Attention, ScaledDotProductAttention
 from attn_notes.foundations.checks import (
     ConfigError,
-    check_choice,
-    check_positive,
-    check_probability,
+    check_fields,
 )
 from ..foundations.initialization import init_uniform_
 from ..foundations.masks import expand_mask
+from ..foundations.values import Depth, Positive, Rate, Size, TokenId
 from .cells import Recurrent
 from .encoder_decoder import EncoderDecoder
 from ..training.recipes import Recipe
@@ -36,31 +35,27 @@ from ..zoo.registry import register_models
 class Seq2SeqConfig:
     """Sizes and choices of the four models; the defaults are Sutskever's (section
     3.4). A model ignores the choices that its paper does not have. Raises
-    `ConfigError` for sizes below 1 and unknown choices."""
+    `ConfigError` for a type or a range that no field may have."""
 
-    source_vocab_size: int = 160_000
-    target_vocab_size: int = 80_000
-    embedding_size: int = 1000
-    hidden_size: int = 1000
-    num_hidden_layers: int = 4
+    source_vocab_size: Size = 160_000
+    target_vocab_size: Size = 80_000
+    embedding_size: Size = 1000
+    hidden_size: Size = 1000
+    num_hidden_layers: Depth = 4
     reverse_source: bool = True
     bidirectional: bool = False  # the encoder reads in both directions
-    attention_size: int = 1000  # Bahdanau: hidden units of the score
-    maxout_size: int = 500  # Cho, Bahdanau: units of the output layer
-    score: str = "general"  # Luong: "dot" or "general"
+    attention_size: Size = 1000  # Bahdanau: hidden units of the score
+    maxout_size: Size = 500  # Cho, Bahdanau: units of the output layer
+    score: Literal["dot", "general"] = "general"  # Luong
     input_feeding: bool = True  # Luong
-    dropout: float = 0.0
-    initializer_range: float = 0.08
-    pad_token_id: int = 0
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    dropout: Rate = 0.0
+    initializer_range: Positive = 0.08
+    pad_token_id: TokenId = 0
+    bos_token_id: TokenId = 1
+    eos_token_id: TokenId = 2
 
     def __post_init__(self) -> None:
-        sizes = "source_vocab_size target_vocab_size embedding_size hidden_size"
-        sizes += " num_hidden_layers attention_size maxout_size"
-        check_positive(**{name: getattr(self, name) for name in sizes.split()})
-        check_probability(dropout=self.dropout)
-        check_choice(("dot", "general"), score=self.score)
+        check_fields(self)
 
 # %% ../../nbs/sequence/02_seq2seq.ipynb #3b694791
 def reverse_tokens(x: Tensor, mask: Bool[Tensor, "b n"] | None = None) -> Tensor:
