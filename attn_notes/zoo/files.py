@@ -27,13 +27,19 @@ from ..foundations.checks import CheckpointError, ConfigError
 # %% ../../nbs/zoo/01_files.ipynb #05b5d4c3
 def to_path(path: str | os.PathLike) -> Path:
     """The path that is meant: `~` is the home folder. Raises `ConfigError` for what is
-    no path, an empty one, and the home of nobody."""
+    no path, an empty one, one that the system does not take (a name too long), and the
+    home of nobody."""
     try:
         if "\0" in os.fspath(path) or path == "":
             raise TypeError
-        return Path(path).expanduser()
-    except (TypeError, RuntimeError):
-        raise ConfigError(f"path: expected a file or folder; got {path!r}") from None
+        found = Path(path).expanduser()
+        os.fsencode(found)
+        found.exists()
+        return found
+    except (TypeError, RuntimeError, UnicodeError, OSError) as error:
+        came = repr(path) if len(repr(path)) < 300 else f"{repr(path)[:80]}..."
+        why = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        raise ConfigError(f"path: expected a file or folder; got {came}{why}") from None
 
 # %% ../../nbs/zoo/01_files.ipynb #4fbd982a
 def _umask() -> int:
@@ -52,7 +58,8 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 # %% ../../nbs/zoo/01_files.ipynb #c2df2e1e
-_REFUSALS = "ENOSPC EFBIG EDQUOT EROFS EACCES EPERM EIO ENOTDIR EEXIST".split()
+_REFUSALS = """ENOSPC EFBIG EDQUOT EROFS EACCES EPERM EIO ENOENT ENOTDIR EISDIR EEXIST
+ENOTEMPTY ENAMETOOLONG ELOOP EBUSY EMFILE ENFILE""".split()
 
 
 def _refusal(error: BaseException | None) -> str | None:
@@ -94,8 +101,11 @@ def settle(folder: Path) -> None:
         for path in sorted(committed.iterdir()):
             with suppress(FileNotFoundError):  # another process finishes it too
                 path.replace(folder / path.name)
-        with suppress(FileNotFoundError):
+        try:
             committed.rmdir()
+        except OSError as error:  # another's, which finishes what it has put there
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
         _to_disk(folder)
 
 # %% ../../nbs/zoo/01_files.ipynb #d31d030b
@@ -152,6 +162,23 @@ def _finish(part: Path) -> None:
         _to_disk(path)
 
 
+def _commit(part: Path, folder: Path) -> None:
+    """Decide that the files of `part` are those of `folder`, after what others have
+    decided. Raises `CheckpointError` where a folder has the name of one of them."""
+    for path in part.iterdir():
+        taken = folder / path.name
+        if taken.is_dir() and not taken.is_symlink():
+            raise CheckpointError(f"{taken}: expected a file; got a folder")
+    while True:
+        try:
+            part.rename(folder / COMMITTED if folder.is_dir() else folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        settle(folder)
+
+
 @contextmanager
 def atomic_folder(folder: str | Path) -> Generator[Path, None, None]:
     """Gives an empty folder to write into; at the end its files appear in `folder`, all
@@ -171,7 +198,7 @@ def atomic_folder(folder: str | Path) -> Generator[Path, None, None]:
             with locked(part):
                 yield part
                 _finish(part)
-                part.rename(folder / COMMITTED if old else folder)
+                _commit(part, folder)
                 _to_disk(beside)
             settle(folder)
         finally:
@@ -218,7 +245,9 @@ WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model", "model_state_d
 def unwrap(content: object) -> object:
     """The state dict inside what a training script saved: under the first of
     `WRAPPERS` that holds one, as deep as it lies."""
-    while isinstance(content, Mapping):
+    for _ in range(100):  # a dictionary may lie in itself
+        if not isinstance(content, Mapping):
+            break
         inner = (content[w] for w in WRAPPERS if isinstance(content.get(w), Mapping))
         found = next(inner, None)
         if found is None:
@@ -237,7 +266,8 @@ def _read_index(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is cut short or no index of shards") from None
     state: dict[str, Tensor] = {}
     for shard in sorted(set(where.values())):
-        if shard != Path(shard).name or Path(shard).suffix not in READERS:
+        plain = re.fullmatch(r"[\w .-]{1,200}", shard)
+        if not plain or Path(shard).suffix not in READERS:
             raise CheckpointError(f"{path}: expected shards beside it; got {shard!r}")
         held = read_state_dict(path.with_name(shard))
         keys = [key for key, name in where.items() if name == shard]

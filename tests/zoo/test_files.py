@@ -1,11 +1,13 @@
 """What is written into a folder is there as a whole, whatever kills the writer."""
 
 import errno
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -217,3 +219,67 @@ def test_the_home_folder_is_the_same_in_reading_and_writing(toy, tmp_path, monke
 def test_what_is_no_path(path):
     with pytest.raises(ConfigError, match="path: expected a file or folder; got"):
         to_path(path)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "x" * 300, "\ud800"])
+def test_a_path_that_the_system_does_not_take(path):
+    with pytest.raises(ConfigError, match="path: expected a file or folder") as info:
+        to_path(path)
+    assert len(str(info.value)) < 400
+
+
+def test_a_folder_in_the_place_of_a_file_changes_nothing(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    (tmp_path / "b.bin").mkdir()
+    with pytest.raises(CheckpointError, match="b.bin: expected a file"):
+        with atomic_folder(tmp_path) as part:
+            (part / "a.json").write_text("new")
+            (part / "b.bin").write_text("new")
+    assert names(tmp_path) == ["a.json", "b.bin"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_several_who_write_one_folder_at_once(old, tmp_path):
+    folder, failed = tmp_path / "model", []
+    if old:
+        folder.mkdir()
+
+    def write(i):
+        try:
+            for _ in range(10):
+                with atomic_folder(folder) as part:
+                    (part / "a").write_text(f"{i}")
+                    (part / "b").write_text(f"{i}")
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and names(folder) == ["a", "b"]
+    assert (folder / "a").read_text() == (folder / "b").read_text()
+
+
+def test_a_place_that_is_none_is_one_line(tmp_path):
+    with pytest.raises(CheckpointError, match="can not be written"):
+        with atomic_folder(Path("/proc/model")):
+            pass
+
+
+def test_a_dictionary_in_itself_is_no_checkpoint(tmp_path):
+    content = {"a": torch.ones(1)}
+    content["model"] = {"state_dict": content}
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="expected named tensors"):
+        read_state_dict(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("shard", ["a\0.safetensors", "a" * 400 + ".pt", "\ud800.pt"])
+def test_the_name_of_a_shard_that_is_none(shard, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match="expected shards beside it"):
+        read_state_dict(index)
