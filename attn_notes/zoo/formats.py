@@ -29,11 +29,26 @@ def matches(key: str, patterns: Iterable[str]) -> bool:
 
 
 def list_keys(keys: Sequence[str], max_shown: int = 20) -> str:
-    """The first keys, and how many more there are, for a message."""
+    """The first keys, and how many more there are, for a message of one line."""
+    shown = [
+        key if key.isprintable() and len(key) < 200 else f"{key[:80]!r}..."
+        for key in keys[:max_shown]
+    ]
     more = len(keys) - max_shown
-    return ", ".join(keys[:max_shown]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 # %% ../../nbs/zoo/02_formats.ipynb #e558ba3a
+def _named(state: Any) -> StateDict:
+    """Raises TypeError unless `state` holds tensors by name."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"expected tensors by name; got a {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"expected tensors by name; got {key!r} and a {kind}")
+    return dict(state)
+
+
 @dataclass(frozen=True)
 class CheckpointFormat:
     """How one source stores the weights of a model, and its configuration."""
@@ -54,11 +69,14 @@ class CheckpointFormat:
         if self.convert is None:
             return kept
         try:
-            return self.convert(kept, model)
-        except (LookupError, RuntimeError, AttributeError, TypeError) as error:
+            return _named(self.convert(kept, model))
+        except CheckpointError:
+            raise
+        except Exception as error:  # of a file that the conversion was not made for
+            said = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"{self.name} format: the weights could not be converted "
-                f"({type(error).__name__}: {error})"
+                f"({type(error).__name__}: {said})"
             ) from error
 
 
@@ -96,6 +114,13 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> StateDict:
     return rename(state, [(rf"^{re.escape(prefix)}", "")])
 
 # %% ../../nbs/zoo/02_formats.ipynb #6db8bb62
+def _put(state: StateDict, key: str, value: Tensor) -> None:
+    """Raises `CheckpointError` for a key that is there already."""
+    if key in state:
+        raise CheckpointError(f"two tensors of the file become {key!r}")
+    state[key] = value
+
+
 def concat(
     state: Mapping[str, Tensor], rules: Mapping[str, Sequence[str]], dim: int = 0
 ) -> StateDict:
@@ -103,7 +128,8 @@ def concat(
     for whole keys, with the same groups, and a name made of them:
     {r"layers.\1.qkv": [r"h\.(\d+)\.q", r"h\.(\d+)\.k", r"h\.(\d+)\.v"]}.
 
-    Raises `CheckpointError` that lists what lacks a part."""
+    Raises `CheckpointError` that lists what lacks a part, or for a name that another
+    tensor has."""
     joined = dict(state)
     for new, patterns in rules.items():
         parts = [
@@ -119,7 +145,7 @@ def concat(
             )
         for groups, match in parts[0].items():
             olds = [joined.pop(part[groups][0]) for part in parts]
-            joined[match.expand(new)] = torch.cat(olds, dim)
+            _put(joined, match.expand(new), torch.cat(olds, dim))
     return joined
 
 
@@ -129,18 +155,19 @@ def split(
     r"""Cut tensors into equal parts along a dimension, the reverse of `concat`:
     {r"h\.(\d+)\.qkv": [r"layers.\1.q", r"layers.\1.k", r"layers.\1.v"]}.
 
-    Raises `CheckpointError` for a tensor that has no such equal parts."""
+    Raises `CheckpointError` for a tensor that has no such equal parts, or a name that
+    another tensor has."""
     cut = dict(state)
     for old, news in rules.items():
         for key, match in [(k, m) for k in state if (m := re.fullmatch(old, k))]:
             value = cut.pop(key)
-            if value.ndim <= dim or value.shape[dim] % len(news):
+            if not news or value.ndim <= dim or value.shape[dim] % len(news):
                 raise CheckpointError(
                     f"{key}: expected {len(news)} equal parts along dimension {dim}; "
                     f"got shape {tuple(value.shape)}"
                 )
             for new, part in zip(news, value.chunk(len(news), dim), strict=True):
-                cut[match.expand(new)] = part
+                _put(cut, match.expand(new), part)
     return cut
 
 # %% ../../nbs/zoo/02_formats.ipynb #122e57b1
@@ -168,7 +195,13 @@ def resize_positions(
     grid of (height, width) patches (bicubic; the old grid is square). The first
     `num_prefix_tokens` rows are kept as they are and count extra.
 
-    Raises `CheckpointError` for an old grid that is not square."""
+    Raises `CheckpointError` for an old grid that is not square, and where there are no
+    positions beside the prefix."""
+    if table.ndim != 2 or not 0 <= num_prefix_tokens < len(table):
+        raise CheckpointError(
+            f"positions: expected a table (n, d) of more than {num_prefix_tokens} "
+            f"rows, the prefix; got shape {tuple(table.shape)}"
+        )
     prefix, rest = table[:num_prefix_tokens], table[num_prefix_tokens:]
     if isinstance(n, int):
         if n == len(rest):

@@ -13,6 +13,7 @@ from attn_notes.zoo.formats import (
     CheckpointFormat,
     concat,
     find_format,
+    list_keys,
     rename,
     resize_positions,
     shared_names,
@@ -100,6 +101,30 @@ def test_parts_that_are_missing_or_unequal_are_named():
     assert concat({"x": torch.ones(1)}, QKV).keys() == {"x"}  # nothing to do
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda one, two: split({"a": two}, {"a": ["x", "x"]}),
+        lambda one, two: split({"a": two, "x": one}, {"a": ["x", "y"]}),
+        lambda one, two: concat({"a": one, "b": one, "n": two}, {"n": ["a", "b"]}),
+    ],
+)
+def test_no_tensor_is_lost_behind_another_of_its_name(work):
+    with pytest.raises(an.CheckpointError, match="two tensors of the file become"):
+        work(torch.ones(1), torch.ones(2))
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(("shape", "prefix"), [((4, 2), 4), ((4, 2), -1), ((4,), 0)])
+def test_a_table_without_positions(shape, prefix):
+    with pytest.raises(an.CheckpointError, match="positions: expected a table"):
+        resize_positions(torch.ones(shape), 3, prefix)
+
+
+def test_keys_are_listed_in_one_line():
+    assert "\n" not in list_keys(["a\nb"]) and len(list_keys(["k" * 10**6])) < 200
+
+
 def test_matrices_are_transposed_by_pattern():
     state = {"h.0.c_fc.weight": torch.randn(2, 3), "h.0.c_fc.bias": torch.randn(3)}
     turned = transpose(state, ["*.c_fc.weight"])
@@ -175,8 +200,13 @@ def test_ignored_keys_go_before_the_conversion_sees_them():
         lambda state, model: {"a": state["none"]},
         lambda state, model: {"a": torch.cat([state["a"], state["b"]])},
         lambda state, model: {"a": model.config.size},
+        lambda state, model: None,
+        lambda state, model: {"a": 1.0},
+        lambda state, model: int("x"),
+        lambda state, model: rename(state, [("(", "x")]),
+        lambda state, model: next(iter([])),
     ],
-    ids=["key", "shape", "config"],
+    ids="key shape config none numbers value pattern stop".split(),
 )
 def test_a_conversion_that_fails_is_an_error_of_the_checkpoint(convert):
     fmt = CheckpointFormat("theirs", lambda keys: True, convert)
