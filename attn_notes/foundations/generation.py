@@ -67,6 +67,7 @@ def _refuse(lost: Bool[Tensor, "*b"]) -> None:
 
 # %% ../../nbs/foundations/06_generation.ipynb #0a125b5f
 @torch.no_grad()
+@checked(InputError)
 def greedy_search(
     step: Step,
     state: State,

@@ -22,6 +22,7 @@ from attn_notes.foundations.checks import (
     check_fields,
     checked,
 )
+from attn_notes.foundations.generation import beam_search, greedy_search, sample
 from attn_notes.foundations.values import (
     NonNegative,
     Positive,
@@ -180,3 +181,12 @@ def test_arguments():
         function(1, 2, rate=2)
     with pytest.raises(TypeError, match="missing a required argument: 'size'"):
         function(1)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("search", [greedy_search, beam_search, sample])
+@pytest.mark.parametrize("name, odd", [("eos_token_id", 1.5), ("pad_token_id", None)])
+def test_searches_take_no_odd_ids(search, name, odd):
+    ids = {"eos_token_id": 2, "pad_token_id": 0, name: odd}
+    with pytest.raises(InputError, match=f"^{name}: expected a whole number"):
+        search(None, None, torch.ones(1, 1).long(), **ids, max_new_tokens=3)
