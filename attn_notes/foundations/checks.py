@@ -105,7 +105,8 @@ def check_mask_shape(mask: Tensor, shape: tuple[int, ...], name: str = "mask") -
     """Raises `InputError` unless `mask` is a boolean tensor of exactly `shape`. Reads
     no data."""
     boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
-    if not boolean or tuple(mask.shape) != tuple(shape):
+    dense = boolean and mask.layout == torch.strided and not mask.is_nested
+    if not dense or tuple(mask.shape) != tuple(shape):
         raise InputError(
             f"{name}: expected a boolean mask of shape {tuple(shape)}, "
             f"True where allowed; got {_came(mask)}"
@@ -245,13 +246,13 @@ def check_divides(
 def unknown_name_error(what: str, given: str, allowed: Iterable[str]) -> ConfigError:
     "The error for a name that is not among the allowed ones, with the nearest of them."
     allowed = sorted(allowed)
-    close = get_close_matches(given, allowed, n=2, cutoff=0.6)
+    close = get_close_matches(str(given)[:200], allowed, n=2, cutoff=0.6)
     hint = (
         f"did you mean {' or '.join(map(repr, close))}?"
         if close
         else f"there are: {', '.join(allowed) or 'none'}"
     )
-    return ConfigError(f"unknown {what} {given!r}; {hint}")
+    return ConfigError(f"unknown {what} {_shown(given)}; {hint}")
 
 
 def require_package(package: str, extra: str) -> Path:
@@ -268,9 +269,16 @@ def require_package(package: str, extra: str) -> Path:
     return Path(str(found.origin)).parent
 
 # %% ../../nbs/foundations/00_checks.ipynb #c90befc7
+def _check_data(x: Tensor, name: str) -> None:
+    """Raises `InputError` for a tensor without data."""
+    if x.is_meta:
+        raise InputError(f"{name}: expected values to read; got the meta device")
+
+
 def check_id_values(ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """Raises `InputError` unless every id is in 0 ... vocab_size - 1. Reads data: for
     the edges, not for a forward pass."""
+    _check_data(ids, name)
     low, high = ids.min().item(), ids.max().item()
     if low < 0 or high >= vocab_size:
         raise InputError(
@@ -282,6 +290,7 @@ def check_id_values(ids: Tensor, vocab_size: int, name: str = "input_ids") -> No
 def check_mask_rows(mask: Tensor, name: str = "mask") -> None:
     """Raises `InputError` if a row of `mask` (... n) allows nothing. Reads data: for
     the edges, not for a forward pass."""
+    _check_data(mask, name)
     hidden = ~mask.any(-1)
     if hidden.any():
         row = hidden.nonzero()[0].tolist()

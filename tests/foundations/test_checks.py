@@ -221,3 +221,21 @@ def test_required_packages():
         ConfigError, match=r"package no_such_package.*'attn_notes\[data\]'$"
     ):
         require_package("no_such_package", "data")
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("given", ["x" * 10**6, "a\nb", 3, None])
+def test_an_unknown_name_is_shown_in_one_short_line(given):
+    said = str(unknown_name_error("model", given, ["transformer_base"]))
+    assert said.startswith("unknown model ") and len(said) < 200 and "\n" not in said
+
+
+@pytest.mark.no_shapes
+def test_masks_that_are_sparse_or_hold_no_data_are_refused():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(InputError, match="mask: expected a boolean mask of shape"):
+        check_mask_shape(mask.to_sparse(), (2, 3))
+    with pytest.raises(InputError, match="mask: expected values to read"):
+        check_mask_rows(mask.to("meta"))
+    with pytest.raises(InputError, match="input_ids: expected values to read"):
+        check_id_values(mask.long().to("meta"), 5)
