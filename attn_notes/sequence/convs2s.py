@@ -9,7 +9,7 @@ __all__ = ['SQRT_HALF', 'TINY', 'TINY_RECIPE', 'EPOCH', 'PAPER_RECIPE', 'token_p
 
 # %% ../../nbs/sequence/03_convs2s.ipynb #6c984025
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ _WEIGHTS: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar(
 
 
 @contextmanager
-def weights_kept() -> Iterator[None]:
+def weights_kept() -> Generator[None]:
     """Inside, the weight of a `WeightNorm` is computed at its first use and kept, for
     this thread. For generation, under torch.no_grad()."""
     token = _WEIGHTS.set({})
