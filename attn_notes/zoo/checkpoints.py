@@ -70,15 +70,18 @@ def _unusual(value: Any) -> str | None:
 def _check_plain(
     state: Mapping[str, Tensor], source: str, no_memory: bool = False
 ) -> None:
-    """Raises `CheckpointError` for sparse, quantized and nested tensors, other kinds of
-    tensors, and those without data (meta) for a model that has memory."""
+    """Raises `CheckpointError` for anything but tensors by name, for sparse, quantized
+    and nested tensors, other kinds of tensors, and those without data (meta) for a
+    model that has memory."""
+    if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
+        raise CheckpointError(f"{source}: expected tensors by name; got others")
     for key, value in state.items():
         what = _unusual(value)
         if what is None and value.is_meta and not no_memory:
             what = "without data (meta)"
         if what:
             raise CheckpointError(
-                f"{source}: expected plain numbers; got {what} as {key}"
+                f"{source}: expected plain numbers; got {what} as {list_keys([key])}"
             )
 
 
@@ -167,8 +170,8 @@ def fit_state(
     misshapen key, and tensors that are no plain numbers of the kind that the model has;
     then the model is left as it was."""
     no_memory = any(v.is_meta for v in model.state_dict().values())
-    state = strip_wrappers(state)
     _check_plain(state, source, no_memory)
+    state = strip_wrappers(state)
     fmt = find_format(state, formats)
     state = fmt.apply(state, model)
     _complete_shared(model, state, source)
@@ -242,7 +245,8 @@ def find_checkpoint(
     if not path.is_dir():
         hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(pretrained))
         if not hub_id or path.parent.is_dir() or readable(path):
-            raise CheckpointError(f"no checkpoint file or folder at {pretrained}")
+            where = list_keys([str(pretrained)])
+            raise CheckpointError(f"no checkpoint file or folder at {where}")
         path = _from_hub(str(pretrained), revision)
     settle(path)
     if not (path / "config.json").is_file():

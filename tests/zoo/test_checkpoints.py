@@ -693,3 +693,13 @@ def test_an_empty_pretrained_is_nothing(nothing, toy, saved, monkeypatch):
     else:
         assert an.create_model("toy", nothing).training
     assert an.create_model("toy", ".").config.vocab_size == 13
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "given", [[1], None, {3: torch.ones(1)}, {"a\nb" * 99: torch.ones(1).to_sparse()}]
+)
+def test_what_is_no_state_is_refused_in_one_line(given, toy):
+    with pytest.raises(an.CheckpointError, match="expected (tensors|plain)") as caught:
+        fit_state(an.create_model("toy"), given)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
