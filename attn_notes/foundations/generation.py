@@ -27,6 +27,17 @@ State = Any  # tensors with the batch first, nested in any way; reorder_state sa
 Step = Callable[[Int[Tensor, "r n"], State], tuple[Float[Tensor, "r v"], State]]
 
 
+def _next(step: Step, tokens: Int[Tensor, "r n"], state: State) -> tuple[Tensor, State]:
+    "What `step` gives. Raises `InputError` unless the logits are of shape (r v)."
+    logits, state = step(tokens, state)
+    if logits.ndim != 2 or len(logits) != len(tokens):
+        raise InputError(
+            f"step: expected logits of shape ({len(tokens)}, v); "
+            f"got {tuple(logits.shape)}"
+        )
+    return logits, state
+
+
 def _generate(
     step: Step,
     state: State,
@@ -43,7 +54,7 @@ def _generate(
     lost = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     done, new, tokens = lost if done is None else done, prompt, []
     for length in range(1, int(lengths.max()) + 1):
-        logits, state = step(new, state)
+        logits, state = _next(step, new, state)
         lost = lost | (~logits.amax(-1).isfinite() & ~done)
         new = scores(logits).argmax(-1, keepdim=True)
         new = new.masked_fill(done[:, None], pad_token_id)
@@ -314,11 +325,11 @@ def beam_search(
     beam = _Beam(lengths, num_beams, pad_token_id, length_penalty)
     first = torch.arange(b, device=device)[:, None] * num_beams
     rows = torch.arange(b, device=device).repeat_interleave(num_beams)
-    logits, now = reorder_state(step(prompt, state), rows)
+    logits, now = reorder_state(_next(step, prompt, state), rows)
     for length in range(1, int(lengths.max()) + 1):
         if length > 1:
             now = reorder_state(now, (first + parent).flatten())
-            logits, now = step(token.reshape(-1, 1), now)
+            logits, now = _next(step, token.reshape(-1, 1), now)
         logits = logits.unflatten(0, (b, num_beams))
         parent, token = beam.update(logits, eos_token_id, length)
         if beam.finished.done.all():
@@ -344,7 +355,8 @@ def sampling_probs(
     temperature, of which the `top_k` likeliest tokens stay, and of these the likeliest
     whose sum reaches `top_p`. NaN in a row that has no finite logit."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    least = torch.finfo(logits.dtype).tiny  # smaller numbers count as this one
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, least)
     if top_k is None and top_p is None:
         return logits.softmax(-1)
     logits, index = logits.sort(dim=-1, descending=True, stable=True)
@@ -354,7 +366,7 @@ def sampling_probs(
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         likelier = probs.cumsum(-1) - probs  # the sum of those before each
-        probs = probs.masked_fill(likelier >= top_p, 0.0)
+        probs = probs.masked_fill(likelier >= max(top_p, least), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     return torch.zeros_like(probs).scatter(-1, index, probs)
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .checks import ConfigError
+from .checks import check_value
+from .values import Positive
 
 # %% ../../nbs/foundations/05_initialization.ipynb #f13e15bb
 def _split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -24,8 +25,7 @@ def _split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 def _check_size(**sizes: float) -> None:
     for name, size in sizes.items():
-        if not size > 0 or size == float("inf"):
-            raise ConfigError(f"{name} must be a number above 0; got {size}")
+        check_value(name, size, Positive)
 
 # %% ../../nbs/foundations/05_initialization.ipynb #d37bbe99
 @torch.no_grad()

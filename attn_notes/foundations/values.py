@@ -9,7 +9,7 @@ __all__ = ['Size', 'Depth', 'Count', 'Amount', 'Seed', 'TokenId', 'Positive', 'N
 # %% ../../nbs/foundations/10_values.ipynb #6e36e22c
 import numbers
 import sys
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -41,7 +41,7 @@ class Range:
 
 # %% ../../nbs/foundations/10_values.ipynb #bc7a414f
 Size = Annotated[int, Range(1, 10**9)]  # widths, tokens, classes, examples
-Depth = Annotated[int, Range(1, 10_000)]  # layers, heads
+Depth = Annotated[int, Range(1, 1000)]  # layers, heads
 Count = Annotated[int, Range(1, 10**15)]  # steps
 Amount = Annotated[int, Range(0, 10**15)]  # steps, or none
 Seed = Annotated[int, Range(0, 2**63 - 1)]
@@ -103,6 +103,8 @@ def in_words(hint: Any) -> str:
     if (origin or hint) is Mapping:
         of = f": {in_words(parts[0])} to {in_words(parts[1])}" if parts else ""
         return f"a mapping{of}"
+    if origin is Callable:
+        return "a function"
     kind = getattr(hint, "array_type", hint)  # of a tensor, whatever its shape
     of_torch = "torch." * (getattr(kind, "__module__", "") == "torch")
     return _WORDS.get(hint, f"a {of_torch}{getattr(kind, '__name__', kind)}")
@@ -171,6 +173,7 @@ def convert(value: Any, hint: Any) -> Any:
     elif hint in (int, float):
         return _number(value, hint)
     else:
+        hint = Callable if origin is Callable else hint
         hint = getattr(hint, "array_type", hint)  # a tensor, whatever its shape
         if hint is bool:
             value = _scalar(value)

@@ -150,16 +150,19 @@ def generate(
 
 # %% ../../nbs/sequence/00_encoder_decoder.ipynb #34454660
 def example_pair(config: Any, batch_size: int = 2, device: Any = None) -> dict:
-    """What `EncoderDecoder.example_inputs` gives: keyword arguments of `forward`."""
+    """What `EncoderDecoder.example_inputs` gives: keyword arguments of `forward`;
+    shorter where there are fewer positions."""
+    most = getattr(config, "max_position_embeddings", 7)
+    lengths = min(7, most), min(5, most)
     vocab_sizes = config.source_vocab_size, config.target_vocab_size
     source, target = (
         torch.randint(
             min(3, vocab_size - 1), vocab_size, (batch_size, length), device=device
         )
-        for vocab_size, length in zip(vocab_sizes, (7, 5), strict=True)
+        for vocab_size, length in zip(vocab_sizes, lengths, strict=True)
     )
     source_mask = torch.ones_like(source, dtype=torch.bool)
-    source_mask[-1, -3:] = False
+    source_mask[-1, 4:] = False
     return {
         "input_ids": source,
         "decoder_input_ids": target,

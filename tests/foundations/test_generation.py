@@ -965,3 +965,33 @@ def test_integers_that_no_embedding_takes(method):
     limits = torch.tensor([2, 3], dtype=torch.uint64)
     with pytest.raises(InputError, match="^max_new_tokens: expected whole numbers"):
         method(never, None, bos(2), EOS, PAD, limits)
+
+
+def rising(tokens, state):
+    return torch.arange(5.0).repeat(len(tokens), 1), state
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-300}, {"top_p": 1e-300}, {"temperature": 5e-324}]
+)
+def test_numbers_too_small_for_the_logits_choose_the_likeliest(options):
+    prompt = torch.tensor([[1], [1]])
+    drawn = sample(rising, None, prompt, None, PAD, 3, **options)
+    assert torch.equal(drawn, greedy_search(rising, None, prompt, None, PAD, 3))
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("search", [greedy_search, beam_search, sample])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 1, 5), (5,)])
+def test_logits_of_another_shape(search, shape):
+    with pytest.raises(InputError, match=r"step: expected logits of shape \(2, v\)"):
+        step = lambda tokens, state: (torch.zeros(shape), state)  # noqa: E731
+        search(step, None, torch.tensor([[1], [1]]), EOS, PAD, 3)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("search", [greedy_search, beam_search, sample])
+@pytest.mark.parametrize("step", [None, "step", 3])
+def test_a_step_that_is_no_function(search, step):
+    with pytest.raises(InputError, match="step: expected a function; got"):
+        search(step, None, torch.tensor([[1], [1]]), EOS, PAD, 3)

@@ -86,9 +86,12 @@ def test_meta_parameters_are_no_trouble():
         lambda m: init_uniform_(m, -1.0),
         lambda m: init_normal_(m, std=float("nan")),
         lambda m: init_normal_(m, std=float("inf")),
+        lambda m: init_uniform_(m, "0.1"),
+        lambda m: init_normal_(m, None),
+        lambda m: init_normal_(m, True),
     ],
 )
 def test_bad_scale_changes_nothing(block, call):
-    with pytest.raises(ConfigError, match="must be a number above 0"):
+    with pytest.raises(ConfigError, match="expected a finite number above 0"):
         call(block)
     assert all((p == 7).all() for p in block.parameters())

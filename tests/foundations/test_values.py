@@ -189,4 +189,4 @@ def test_arguments():
 def test_searches_take_no_odd_ids(search, name, odd):
     ids = {"eos_token_id": 2, "pad_token_id": 0, name: odd}
     with pytest.raises(InputError, match=f"^{name}: expected a whole number"):
-        search(None, None, torch.ones(1, 1).long(), **ids, max_new_tokens=3)
+        search(len, None, torch.ones(1, 1).long(), **ids, max_new_tokens=3)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import attn_notes as an
 from attn_notes.foundations.checks import InputError
 from attn_notes.foundations.generation import beam_search
 from attn_notes.sequence.encoder_decoder import EncoderDecoder, check_pair
@@ -239,3 +240,11 @@ def test_a_length_penalty_below_zero():
 def test_a_subclass_has_to_say_what_it_computes(method):
     with pytest.raises(NotImplementedError, match=method):
         getattr(EncoderDecoder(), method)(ONES, None)
+
+
+@pytest.mark.parametrize("size", [{"vocab_size": 3}, {"max_position_embeddings": 3}])
+def test_example_inputs_fit_the_smallest_models(size):
+    small = {**an.model_info("transformer_tiny").tiny, **size}
+    model = an.create_model("transformer_tiny", **small)
+    inputs = an.example_inputs("transformer_tiny", **small)
+    assert model(**inputs).isfinite().all()
