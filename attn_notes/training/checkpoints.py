@@ -55,6 +55,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if "weights_only" in str(error):  # in many lines, with escape codes
+            reason = "it holds more than tensors and plain data"
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {reason}"
         ) from None

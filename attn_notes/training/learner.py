@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..foundations.checks import ConfigError, InputError
+from .given import check_learns, check_terms
 from .processes import Processes
 from .recipes import Recipe, make_optimizer
 from .stream import Share, to_device
@@ -54,6 +55,7 @@ def mean_loss(
 
     Raises `ConfigError` when the terms are not those that were counted.
     """
+    check_terms(terms)
     if terms.keys() != scales.keys():
         raise ConfigError(
             f"task: expected the terms that were counted, {sorted(scales)}; "
@@ -114,6 +116,7 @@ def backward(
             batch = to_device(share.batch, learner.device)
             terms = learner.task.loss(learner.model, batch)
             loss, part = mean_loss(terms, scales, share.empty)
+            check_learns(loss)
             # several processes average their gradients; wanted is the sum
             learner.accelerator.backward(loss * processes.world_size)
         values.append(part)
@@ -121,9 +124,11 @@ def backward(
 
 
 def check_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises `ValueError` unless a state has the names and shapes of a model's."""
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
+    """Raises `ValueError` unless a state has a model's names, shapes and types."""
+    own, given = (
+        {name: (tuple(value.shape), value.dtype) for name, value in one.items()}
+        for one in (model.state_dict(), state)
+    )
     for name in {**own, **given}:
         if own.get(name) != given.get(name):
             raise ValueError(f"{name}: {given.get(name)} then, {own.get(name)} now")

@@ -5,7 +5,7 @@ __all__ = ['evaluate', 'Run', 'look', 'finish', 'save', 'restore', 'prepare', 't
 
 # %% ../../nbs/training/06_loop.ipynb #dcbd1a6e
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..foundations.checks import CheckpointError
+from ..foundations.checks import CheckpointError, check_value
 from .checkpoints import interruptible
+from .given import check_given
 from attn_notes.training.history import (
     History,
     RunFiles,
@@ -53,6 +54,7 @@ def evaluate(learner: Learner, processes: Processes) -> dict[str, float]:
             model, "valid", processes.rank, processes.world_size, processes.gather
         )
     learner.model.train()
+    metrics = check_value("task.evaluate", metrics, Mapping[str, Any])
     metrics = {f"valid_{name}": value for name, value in metrics.items()}
     return {name: number(name, value) for name, value in metrics.items()}
 
@@ -234,6 +236,7 @@ def train(
     `CheckpointError` when the disk refuses, and `KeyboardInterrupt` after the step in
     which Ctrl-C or SIGTERM came, when the run is saved.
     """
+    check_given(model, task, recipe)
     with run_folder(output_dir, resume) as folder:
         state = load_run(folder) if folder and resume else None
         run = Run(model, task, recipe, folder)

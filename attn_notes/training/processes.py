@@ -7,7 +7,9 @@ __all__ = ['launched_rank', 'make_accelerator', 'Processes']
 
 # %% ../../nbs/training/09_processes.ipynb #39e7cc6f
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,28 @@ from .recipes import Recipe
 _TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def _reachable(told: Mapping[str, str]) -> bool:
+    """Whether the processes can meet at the address and the port."""
+    port = told["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(told["MASTER_ADDR"] or " ", None)
+    except (OSError, UnicodeError):
+        return False
+    return port.isdecimal() and 0 < int(port[:6]) < 2**16
+
+
 def launched_rank() -> int:
     """The number of this process among those that torchrun started; 0 without it.
 
-    Raises `ConfigError` for an environment that holds a part of what torchrun sets."""
+    Raises `ConfigError` for an environment that holds a part of what torchrun sets, or
+    an address or a port that is none."""
     told = {name: os.environ[name] for name in _TOLD if name in os.environ}
     numbers = [told.get(name) for name in _TOLD[:3]]
     if numbers == [None] * 3:
         return 0
     if len(told) == len(_TOLD) and all(str(n).isdecimal() for n in numbers):
         rank, local_rank, world_size = (int(str(n)) for n in numbers)
-        if local_rank <= rank < world_size:
+        if local_rank <= rank < world_size and _reachable(told):
             return rank
     found = " ".join(f"{name}={value}" for name, value in told.items())
     raise ConfigError(
@@ -39,20 +52,36 @@ def launched_rank() -> int:
     )
 
 # %% ../../nbs/training/09_processes.ipynb #b1aaeaa0
+_OTHERS = ("ACCELERATE_", "OMPI_", "PMI_", "MV2_", "CCL_")
+
+
+@contextmanager
+def _hidden(prefixes: tuple[str, ...] = _OTHERS) -> Generator[None, None, None]:
+    """A block in which the environment has no variables that begin so."""
+    names = [name for name in os.environ if name.startswith(prefixes)]
+    before = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
 def make_accelerator(recipe: Recipe, folder: Path | None):
     """Accelerate for one run, logging to TensorBoard where there is a folder and
-    TensorBoard is installed."""
+    TensorBoard is installed. The recipe decides, and torchrun's variables: those of
+    Accelerate and of MPI are not read."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import is_tensorboard_available
 
     AcceleratorState._reset_state()  # an earlier run may have had another precision
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # joins processes on the CPU too
-        mixed_precision=recipe.mixed_precision,
-        log_with="tensorboard" if folder and is_tensorboard_available() else None,
-        project_dir=folder,
-    )
+    with _hidden():
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # joins processes on the CPU too
+            mixed_precision=recipe.mixed_precision,
+            log_with="tensorboard" if folder and is_tensorboard_available() else None,
+            project_dir=folder,
+        )
     if recipe.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError(
             "recipe: mixed_precision fp16 needs a GPU: expected bf16 or no on the CPU; "

@@ -6,6 +6,7 @@
 __all__ = ['CHECKPOINT', 'METRICS', 'run_folder', 'describe_run', 'load_run', 'check_same_run', 'checkpoint_bytes', 'check_room']
 
 # %% ../../nbs/training/13_run_folder.ipynb #6cb282b7
+import glob
 import json
 import shutil
 from collections.abc import Generator, Mapping
@@ -17,11 +18,12 @@ from typing import Any
 from torch import nn
 
 from ..foundations.checks import CheckpointError, ConfigError
+from ..foundations.values import Amount, NonNegative, convert
 from .checkpoints import load_checkpoint, writable_folder
 from .processes import launched_rank
 from .recipes import Recipe
 from .tasks import TrainingTask, describe_task
-from ..zoo.files import locked, settle, sweep, to_path
+from ..zoo.files import locked, settle, sweep, to_path, writing
 
 # %% ../../nbs/training/13_run_folder.ipynb #ee13c266
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -91,7 +93,7 @@ def run_folder(
             raise ConfigError("resume needs the output_dir of the run to continue")
         yield None
         return
-    folder = to_path(output_dir)
+    folder = to_path(output_dir).absolute()  # wherever the task may go
     if rank:  # the first process looks after the folder of all
         yield folder
         return
@@ -107,7 +109,8 @@ def run_folder(
                 )
             _check_planted(folder)
             _check_state(folder, resume)
-            _clean(folder)
+            with writing(folder):
+                _clean(folder)
             yield folder
     finally:
         if made and folder.is_dir() and not any(folder.iterdir()):
@@ -116,10 +119,10 @@ def run_folder(
 
 def _clean(folder: Path) -> None:
     """Remove what a killed process was writing, and finish what it had decided."""
-    for path in folder.glob(".*.part"):
-        path.unlink(missing_ok=True)
+    for name in _FILES:
+        (folder / f".{name}.part").unlink(missing_ok=True)
     sweep(folder, ".part-*")
-    sweep(folder.parent, f".{folder.name}.part-*")
+    sweep(folder.parent, f".{glob.escape(folder.name)}.part-*")
     settle(folder)
 
 # %% ../../nbs/training/13_run_folder.ipynb #d93edb0c
@@ -144,21 +147,23 @@ def describe_run(
 
 _STATE: dict[str, Any] = {
     "run": dict,
-    "step": int,
-    "epoch": int,
-    "position": int,
-    "metrics": int,
+    "step": Amount,
+    "epoch": Amount,
+    "position": Amount,
+    "metrics": Amount,
 }
-_STATE |= {"seconds": float, "random": list, "row": (dict, type(None))}
+_STATE |= {"seconds": NonNegative, "random": list, "row": dict | None}
 
 
 def load_run(folder: Path) -> dict[str, Any]:
     """The checkpoint of a run. Raises `CheckpointError` when it is none."""
     state: Any = load_checkpoint(folder / CHECKPOINT)
-    whole = isinstance(state, dict) and all(
-        isinstance(state.get(name, ...), kind) for name, kind in _STATE.items()
-    )
-    about = state["run"] if whole else {}
+    try:
+        for name, kind in _STATE.items():
+            convert(state[name], kind)
+        about = state["run"]
+    except (TypeError, LookupError):
+        about = {}
     parts = [about.get(part) for part in ("recipe", "model", "task")]
     if not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{folder / CHECKPOINT} is not a checkpoint of a run")

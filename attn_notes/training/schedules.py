@@ -97,6 +97,7 @@ def seq2seq_halving(steps_per_epoch: int, fixed_epochs: int = 5) -> Schedule:
     """1 for `fixed_epochs` epochs, then halved every half epoch, eq. (eq-halving)
     (Sutskever et al. 2014, section 3.4)."""
     _check(steps_per_epoch >= 1, "steps_per_epoch of at least 1", steps_per_epoch)
+    _check(fixed_epochs >= 0, "fixed_epochs of at least 0", fixed_epochs)
 
     def factor(step: int) -> float:
         # half epochs done since the fixed ones

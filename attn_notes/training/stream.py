@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from ..foundations.checks import InputError
+from .given import check_numbers, checked_counts, sequence
 from .processes import Processes
 from .recipes import Recipe
 from .tasks import TrainingTask, check_batch
@@ -70,7 +71,8 @@ class _Shares(Dataset):
     """Collates the share of one process of the batch at (epoch, position, examples)."""
 
     def __init__(self, task: TrainingTask, seed: int, rank: int, world_size: int):
-        self.task, self.examples = task, task.dataset("train")
+        self.task = task
+        self.examples = sequence("dataset('train')", task.dataset("train"))
         self.seed, self.rank, self.world_size = seed, rank, world_size
 
     def __getitem__(self, index: tuple[int, int, Any]) -> Share:
@@ -80,8 +82,8 @@ class _Shares(Dataset):
         with seeded(self.seed, epoch, position, self.rank):
             examples = [self.examples[int(i)] for i in (rows[:1] if empty else mine)]
             batch = self.task.collate(examples)
-        counts = self.task.counts(batch)
-        counts = {name: 0.0 if empty else float(n) for name, n in counts.items()}
+        counts = checked_counts(self.task.counts(batch))
+        counts = {name: 0.0 if empty else n for name, n in counts.items()}
         return Share((epoch, position), batch, counts, empty)
 
 # %% ../../nbs/training/10_stream.ipynb #653942ad
@@ -114,17 +116,16 @@ class BatchStream:
         """Epoch, position and examples of every batch that is still to come."""
         epoch, position = self.epoch, self.position
         while True:
-            batches = self.task.batches(epoch)
+            batches = sequence("batches", self.task.batches(epoch))
             if not len(batches):
                 raise InputError(
                     f"task: expected a training batch in epoch {epoch}; got none"
                 )
             for i in range(position, len(batches)):
+                where = f"batch {i} of epoch {epoch}"
+                check_numbers(where, batches[i], len(self.shares.examples))
                 if not len(batches[i]):
-                    raise InputError(
-                        f"task: expected examples in batch {i} of epoch {epoch}; "
-                        "got none"
-                    )
+                    raise InputError(f"task: expected examples in {where}; got none")
                 yield epoch, i, batches[i]
             epoch, position = epoch + 1, 0
 

@@ -20,6 +20,7 @@ from attn_notes.foundations.checks import (
     check_mask_rows,
 )
 from ..foundations.masks import check_right_padding, warn_of_padding
+from .given import sequence
 from .recipes import Recipe
 
 # %% ../../nbs/training/04_tasks.ipynb #59e511c1
@@ -144,6 +145,10 @@ def check_batch(batch: Any, config: Any = None) -> None:
     has padding elsewhere than on the right, or a number that is not finite. Warns of
     padding in a source without a mask.
     """
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch)):
+        raise InputError(
+            f"batch: expected at least one element, in tensors; got {batch!r:.60}"
+        )
     if isinstance(batch, Mapping) and {"input_ids", "decoder_input_ids"} <= set(batch):
         if batch.get("attention_mask") is None:
             warn_of_padding(batch["input_ids"], getattr(config, "pad_token_id", None))
@@ -173,7 +178,7 @@ def check_split(task: TrainingTask, split: str, config: Any = None) -> None:
 
     Raises `InputError`, with the numbers of the examples, for what is refused there,
     and for a split without any."""
-    examples = task.dataset(split)
+    examples = sequence(f"dataset({split!r})", task.dataset(split))
     if not len(examples):
         raise InputError(f"{split}: expected at least one example; got none")
     stride = -(-len(examples) // LOOKED_AT)

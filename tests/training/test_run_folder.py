@@ -204,6 +204,21 @@ def test_leftovers_go(tmp_path):
     assert victim.read_text() == "precious"
 
 
+def test_what_is_not_the_runs_stays(tmp_path):
+    (tmp_path / ".draft.part").write_text("mine")
+    (tmp_path / ".more.part").mkdir()
+    run(output_dir=tmp_path)
+    assert (tmp_path / ".draft.part").read_text() == "mine"
+    assert (tmp_path / ".more.part").is_dir()
+
+
+def test_a_task_that_goes_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    run(task=Meanwhile(1, lambda: os.chdir(tmp_path / "elsewhere")), output_dir="run")
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
+
+
 def test_a_file_that_is_written_beside_follows_no_link(tmp_path):
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".state.part").symlink_to(tmp_path / "victim")
@@ -254,6 +269,10 @@ def test_home_is_home(tmp_path, monkeypatch):
         {"optimizer": {}},
         {"optimizer": 3},
         {"model": {}},
+        {"epoch": -1},
+        {"position": -3},
+        {"metrics": -1},
+        {"seconds": float("nan")},
     ],
     ids=str,
 )
@@ -262,6 +281,23 @@ def test_a_checkpoint_that_was_tampered_with(tmp_path, changed):
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     torch.save({**state, **changed}, tmp_path / "checkpoint.pt")
     refused(CheckpointError, str(tmp_path), output_dir=tmp_path, resume=True)
+
+
+@pytest.mark.no_shapes
+def test_a_checkpoint_with_code_in_it_is_one_line(tmp_path):
+    run(output_dir=tmp_path)
+    torch.save(toy_model(), tmp_path / "checkpoint.pt")
+    said = "more than tensors and plain data"
+    refused(CheckpointError, said, output_dir=tmp_path, resume=True)
+
+
+def test_weights_of_another_type_are_another_model(tmp_path):
+    run(output_dir=tmp_path)
+    longer, model = replace(SHORT, max_steps=6), toy_model().double()
+    said = "torch.float32.* then, .*torch.float64.* now"
+    refused(
+        CheckpointError, said, longer, None, model, output_dir=tmp_path, resume=True
+    )
 
 
 @pytest.mark.no_shapes
