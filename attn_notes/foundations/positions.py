@@ -16,6 +16,7 @@ from attn_notes.foundations.checks import (
     InputError,
     check_positive,
     check_probability,
+    check_value,
 )
 from .initialization import ComputedBuffers
 
@@ -110,6 +111,7 @@ class TokenPositionEmbedding(nn.Module):
         super().__init__()
         check_positive(vocab_size=vocab_size, hidden_size=hidden_size)
         check_probability(dropout=dropout)
+        check_value("scale", scale, float)
         self.tokens = nn.Embedding(vocab_size, hidden_size, padding_idx=padding_idx)
         made = isinstance(positions, nn.Module)
         self.positions = positions if made else positions()

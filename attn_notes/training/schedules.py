@@ -10,6 +10,7 @@ from functools import wraps
 from typing import ParamSpec
 
 from ..foundations.checks import ConfigError, checked
+from ..foundations.values import Amount
 
 Schedule = Callable[[int], float]
 
@@ -76,7 +77,7 @@ def cosine(max_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> Schedul
 # %% ../../nbs/training/02_schedules.ipynb #7e97e8ee
 @_from_first_step
 def step_decay(
-    milestones: tuple[int, ...], decay: float = 0.1, warmup_steps: int = 0
+    milestones: tuple[Amount, ...], decay: float = 0.1, warmup_steps: int = 0
 ) -> Schedule:
     """1, times `decay` for every milestone that has passed, after a linear rise over
     `warmup_steps`."""
@@ -93,7 +94,7 @@ def step_decay(
 
 # %% ../../nbs/training/02_schedules.ipynb #226d426e
 @_from_first_step
-def seq2seq_halving(steps_per_epoch: int, fixed_epochs: int = 5) -> Schedule:
+def seq2seq_halving(steps_per_epoch: int, fixed_epochs: Amount = 5) -> Schedule:
     """1 for `fixed_epochs` epochs, then halved every half epoch, eq. (eq-halving)
     (Sutskever et al. 2014, section 3.4)."""
     _check(steps_per_epoch >= 1, "steps_per_epoch of at least 1", steps_per_epoch)

@@ -206,3 +206,10 @@ def test_every_buffer_that_is_not_stored_is_computed():
         for module in model.modules():
             unstored = module._non_persistent_buffers_set
             assert not unstored or isinstance(module, ComputedBuffers), name
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("scale", [float("nan"), "1", None])
+def test_a_scale_is_a_number(scale):
+    with pytest.raises(ConfigError, match="scale: expected a finite number"):
+        TokenPositionEmbedding(5, 8, LearnedPositions(8, 4), scale=scale)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attn_notes.foundations.checks import ConfigError
+from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.training.losses import smoothing_of_others, token_cross_entropy
 
 
@@ -100,3 +100,22 @@ def test_forbidden_tokens_are_as_if_they_were_not_there(eps):
     )
     assert torch.allclose(a, b)
     assert token_cross_entropy(logits, torch.ones_like(wide), 9, eps)[0] == torch.inf
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("shape", [(3, 2), (1, 3), (6,), (2, 3, 5)])
+def test_labels_are_of_the_logits_shape(shape):
+    with pytest.raises(InputError, match=r"labels: expected shape \(2, 3\)"):
+        token_cross_entropy(torch.randn(2, 3, 5), torch.zeros(shape).long())
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "0.1", None, True])
+def test_a_share_that_is_none(share):
+    logits, labels = torch.randn(2, 5), torch.tensor([1, 2])
+    with pytest.raises(ConfigError, match="label_smoothing: expected a number from 0"):
+        token_cross_entropy(logits, labels, label_smoothing=share)
+    with pytest.raises(ConfigError, match="label_smoothing: expected a number from 0"):
+        smoothing_of_others(share, 5)
+    with pytest.raises(ConfigError, match="vocab_size: expected a whole number"):
+        smoothing_of_others(0.1, 2.5)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from attn_notes.foundations.checks import ConfigError
 from attn_notes.training.schedules import (
     SCHEDULES,
     constant,
@@ -48,3 +49,11 @@ def test_every_schedule_is_asked():
     names = {name.split("_")[-1] for name in SCHEDULES}
     assert names == {"constant", "root", "cosine", "decay", "halving"}
     assert all(make.__name__ == name for name, make in SCHEDULES.items())
+
+
+@pytest.mark.no_shapes
+def test_no_schedule_begins_before_its_first_step():
+    with pytest.raises(ConfigError, match="milestones: expected a tuple, each a whole"):
+        step_decay((-3, 5))
+    with pytest.raises(ConfigError, match="fixed_epochs: expected a whole number"):
+        seq2seq_halving(5, -1)
