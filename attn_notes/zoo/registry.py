@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
@@ -21,7 +21,13 @@ from typing import Any
 
 from torch import nn
 
-from ..foundations.checks import ConfigError, checked, unknown_name_error
+from attn_notes.foundations.checks import (
+    ConfigError,
+    check_fields,
+    check_value,
+    checked,
+    unknown_name_error,
+)
 from .formats import NATIVE, CheckpointFormat
 
 # %% ../../nbs/zoo/03_registry.ipynb #1c386985
@@ -51,6 +57,19 @@ class ModelInfo:
     replaces: tuple[str, ...] = ()  # replaces in them,
     adds: tuple[str, ...] = ()  # and adds
     license: str | None = None  # of the official weights
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", str(self.name)):
+            raise ConfigError(
+                f"name of a model: expected letters, digits, _, - and .; "
+                f"got {self.name!r}"
+            )
+        check_fields(self, f"{self.name}: ")
+        if not is_dataclass(self.config) or isinstance(self.config, type):
+            raise ConfigError(
+                f"{self.name}: config: expected a dataclass's object; "
+                f"got {self.config!r}"
+            )
 
     def __repr__(self) -> str:
         return describe(self)
@@ -114,10 +133,15 @@ def register_models(
     fields of `ModelInfo`. The class is of the module that registers it, and keeps the
     type of its configuration as `config_class`.
 
-    Raises `ConfigError` for a field that is unknown or lacking, or a name that another
-    module has."""
+    Raises `ConfigError` for a field that is unknown, lacking or of another type, or a
+    name that another module has; then nothing is registered."""
+    if not isinstance(model_class, type) or not issubclass(model_class, nn.Module):
+        kind = type(model_class).__name__
+        raise ConfigError(f"model_class: expected a class of modules; got a {kind}")
+    check_value("sizes", sizes, Mapping[Any, Mapping])
     common.setdefault("classifier", getattr(model_class, "classifier", ()))
     registered: Any = model_class
+    found: dict[str, ModelInfo] = {}
     allowed = [f.name for f in fields(ModelInfo) if f.name not in ("name", "model")]
     for name, row in sizes.items():
         known = {**common, **row}
@@ -126,10 +150,11 @@ def register_models(
                 raise unknown_name_error("field of a model", key, allowed)
         _check_free(name, model_class)
         try:
-            info = ModelInfo(name=name, model=model_class, **known)
-            registered.config_class = type(info.config)
+            found[name] = ModelInfo(name=name, model=model_class, **known)
         except TypeError as error:
             raise ConfigError(f"{name}: {error}") from None
+    for name, info in found.items():
+        registered.config_class = type(info.config)
         kept = _MODELS.get(name, info).model.__module__
         if kept != "__main__" or model_class.__module__ == "__main__":
             _MODELS[name] = info  # else the class of the running notebook stays

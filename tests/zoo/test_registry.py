@@ -94,6 +94,43 @@ def test_wrong_registrations_are_refused(toy):
     assert "a" not in an.list_models()
 
 
+ROW = {"config": None, "parameters": 3}
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ([("own", ROW)], "sizes: expected a mapping"),
+        ({"own": None}, "sizes: expected a mapping"),
+        ({5: ROW}, "name: expected a text"),
+        ({"": ROW}, "name of a model"),
+        ({"../own": ROW}, "name of a model"),
+        ({"own\na": ROW}, "name of a model"),
+        ({"own": {**ROW, "parameters": "many"}}, "own: parameters: expected a whole"),
+        ({"own": {**ROW, "year": None}}, "own: year: expected a whole"),
+        ({"own": {**ROW, "config": {"a": 1}}}, "own: config: expected a dataclass"),
+        ({"own": {**ROW, "config": ModelInfo}}, "own: config: expected a dataclass"),
+        ({"own": ROW, "other": {**ROW, "formats": ("x",)}}, "other: formats: expected"),
+    ],
+)
+def test_a_table_with_one_wrong_row_registers_nothing(sizes, said, toy):
+    if isinstance(sizes, dict):
+        config, rows = toy.config_class(), sizes.items()
+        sizes = {n: r and {**r, "config": r["config"] or config} for n, r in rows}
+    before = an.list_models()
+    with pytest.raises(an.ConfigError, match=said) as info:
+        register_models(toy, sizes, **COMMON)
+    assert an.list_models() == before and "\n" not in str(info.value)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("what", [None, nn.Linear(1, 1), dict])
+def test_what_is_registered_is_a_class_of_modules(what):
+    with pytest.raises(an.ConfigError, match="model_class: expected a class of modu"):
+        register_models(what, {})
+
+
 def test_a_name_belongs_to_one_chapter(toy):
     stranger = type("Stranger", (nn.Module,), {"__module__": "another.chapter"})
     config = an.model_info("toy").config
