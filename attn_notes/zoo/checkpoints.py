@@ -128,6 +128,17 @@ def _tolerated(
     }
 
 
+def _overflows(value: Tensor, own: torch.dtype) -> bool:
+    """Whether a finite number would become infinite in the type of the model."""
+    floating = value.is_floating_point() and own.is_floating_point
+    if not floating or value.is_meta or value.dtype.itemsize < own.itemsize:
+        return False
+    most = torch.finfo(own).max
+    if torch.finfo(value.dtype).max <= most:
+        return False
+    return bool((value.isfinite() & (value.abs() > most)).any())
+
+
 def _wrong(own: StateDict, state: StateDict, left: set[str]) -> dict[str, list[str]]:
     """The keys that must not differ, by how they do; those in `left` may."""
     both = [k for k in own if k in state and k not in left]
@@ -143,6 +154,11 @@ def _wrong(own: StateDict, state: StateDict, left: set[str]) -> dict[str, list[s
             f"{k} {_name(state[k].dtype)} for {_name(own[k].dtype)}"
             for k in both
             if not _converts(state[k].dtype, own[k].dtype)
+        ],
+        "beyond the numbers of the model's type": [
+            f"{k} {_name(state[k].dtype)} for {_name(own[k].dtype)}"
+            for k in both
+            if _overflows(state[k], own[k].dtype)
         ],
         "not to be written to": [
             k

@@ -28,12 +28,12 @@ def check_placement(
     device: torch.device | str | None, dtype: torch.dtype | None = None
 ) -> None:
     """Raises `ConfigError` when no tensor can be made on `device`, or `dtype` is not a
-    floating type."""
+    floating type of 16 bits or more, in which models compute."""
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    if dtype is not None and not floating:
+    if dtype is not None and not (floating and dtype.itemsize > 1):
         raise ConfigError(
-            "dtype: expected a floating torch.dtype such as torch.bfloat16; "
-            f"got {dtype!r}"
+            "dtype: expected a floating torch.dtype of 16 bits or more, such as "
+            f"torch.bfloat16; got {dtype!r}"
         )
     try:
         torch.empty(0, device=device)
@@ -96,7 +96,8 @@ def build_model(
     the memory does not hold."""
     with within_memory(info.name):
         with torch.device("meta"):
-            check_memory(info.model(config).state_dict().values(), device)
+            blank = info.model(config)
+        check_memory((*blank.parameters(), *blank.buffers()), device)
         with torch.device(device) if device is not None else nullcontext():
             model: Any = info.model(config)
     model.architecture = info.name

@@ -2,6 +2,7 @@
 half written, no code run."""
 
 import argparse
+import copy
 import json
 import os
 import signal
@@ -703,3 +704,20 @@ def test_what_is_no_state_is_refused_in_one_line(given, toy):
     with pytest.raises(an.CheckpointError, match="expected (tensors|plain)") as caught:
         fit_state(an.create_model("toy"), given)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    ("kind", "own"), [(torch.float32, torch.float16), (torch.float64, torch.float32)]
+)
+def test_no_finite_weight_becomes_infinite(kind, own, toy):
+    model = an.create_model("toy", dtype=own)
+    state = {key: value.to(kind) for key, value in model.state_dict().items()}
+    key = list(state)[-1]
+    state[key] = torch.full_like(state[key], 2.0 * torch.finfo(own).max)
+    before = copy.deepcopy(model)
+    with pytest.raises(an.CheckpointError, match="beyond the numbers of the model's"):
+        fit_state(model, state)
+    assert same(model, before)
+    state[key] = torch.full_like(state[key], torch.inf)  # as it stands in the file
+    fit_state(model, state)

@@ -58,6 +58,7 @@ def test_a_size_that_no_machine_holds_can_be_counted(toy):
         ),
         (lambda: an.create_model("toy", device="nonsense"), "got 'nonsense'"),
         (lambda: an.create_model("toy", dtype=torch.int64), "floating torch.dtype"),
+        (lambda: an.create_model("toy", dtype=torch.float8_e5m2), "16 bits or more"),
         (lambda: an.create_model("toy", dtype="bfloat16"), "a torch.dtype, or None"),
         (
             lambda: an.example_inputs("toy", batch_size=0),
@@ -77,3 +78,9 @@ def test_a_class_that_gives_no_inputs_says_so(toy, monkeypatch):
     monkeypatch.delattr(toy, "example_inputs")
     with pytest.raises(an.ConfigError, match="toy: its class has no example_inputs"):
         an.example_inputs("toy")
+
+
+@pytest.mark.no_shapes
+def test_buffers_that_no_memory_holds():
+    with pytest.raises(an.ConfigError, match="sizes that the memory holds"):
+        an.create_model("transformer_tiny", max_position_embeddings=10**9)
