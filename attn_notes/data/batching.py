@@ -13,8 +13,9 @@ from jaxtyping import Bool, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..foundations.checks import ConfigError, InputError
+from ..foundations.checks import ConfigError, InputError, check_value
 from ..foundations.special_ids import SpecialIds
+from ..foundations.values import Amount, Seed
 
 # %% ../../nbs/data/02_batching.ipynb #db566e80
 Row = Sequence[int] | np.ndarray
@@ -23,8 +24,23 @@ Row = Sequence[int] | np.ndarray
 def _fill(rows: Sequence[Row], mask: np.ndarray, padding: int) -> Tensor:
     """The ids of all rows where the mask is True, `padding` elsewhere."""
     filled = np.full(mask.shape, padding, np.int64)
-    filled[mask] = np.concatenate(rows)
+    flat = np.concatenate(rows)
+    whole = flat.dtype.kind in "iu"
+    if not whole and not (flat.dtype.kind == "f" and (flat % 1 == 0).all()):
+        raise InputError(f"rows: expected ids, whole numbers; got {flat[:8]!r:.80}")
+    filled[mask] = flat
     return torch.from_numpy(filled)
+
+
+def _lengths(rows: Sequence[Row], name: str = "rows") -> np.ndarray:
+    """The length of each row. Raises `InputError` for what are no rows of ids."""
+    try:
+        shapes = [np.shape(row) for row in rows]
+    except (TypeError, ValueError):
+        shapes = [()]
+    if any(len(shape) != 1 for shape in shapes):
+        raise InputError(f"{name}: expected rows of ids; got {rows!r:.80}")
+    return np.array([shape[0] for shape in shapes], int)
 
 
 def pad_ids(
@@ -34,7 +50,7 @@ def pad_ids(
 
     Raises `InputError` for no rows, or for a row without a token.
     """
-    lengths = np.array([len(row) for row in rows], int)
+    lengths = _lengths(rows)
     if not lengths.all() or not len(lengths):
         raise InputError(
             f"rows: expected one or more, and none empty; got {lengths[:8].tolist()}"
@@ -54,9 +70,14 @@ def collate_pairs(
     """
     special = special_ids or SpecialIds()
     pad_token_id = special.pad_token_id
-    input_ids, attention_mask = pad_ids([source for source, _ in pairs], pad_token_id)
-    targets = [target for _, target in pairs]
-    lengths = np.array([[len(target)] for target in targets])
+    try:
+        sources, targets = zip(*pairs, strict=True)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"pairs: expected one or more (source, target); got {pairs!r:.80}"
+        ) from None
+    input_ids, attention_mask = pad_ids(sources, pad_token_id)
+    lengths = _lengths(targets, "targets")[:, None]
     position = np.arange(lengths.max() + 1)
     mask = position <= lengths
     first, last = mask & (position == 0), position == lengths
@@ -79,6 +100,8 @@ def padding_share(batches: Iterable[dict[str, Tensor]]) -> float:
     for batch in batches:
         for mask in (batch["attention_mask"], batch["decoder_attention_mask"]):
             real, total = real + int(mask.sum()), total + mask.numel()
+    if not total:
+        raise InputError("batches: expected at least one; got none")
     return 1 - real / total
 
 # %% ../../nbs/data/02_batching.ipynb #1994179e
@@ -86,6 +109,9 @@ def _check_batches(
     lengths: np.ndarray, batch_size: int | None, max_tokens: int | None, pool: int
 ) -> None:
     """Refuse no size or two, one below 1, no examples or one above `max_tokens`."""
+    for name, given in {"batch_size": batch_size, "max_tokens": max_tokens}.items():
+        check_value(name, given, int | None)
+    check_value("pool", pool, int)
     size = batch_size if max_tokens is None else max_tokens
     both = batch_size is not None and max_tokens is not None
     if both or size is None or size < 1 or pool < 1:
@@ -93,8 +119,17 @@ def _check_batches(
             "batches: expected one of batch_size and max_tokens, at least 1, and a "
             f"pool of at least 1; got {batch_size}, {max_tokens} and {pool}"
         )
-    if not len(lengths):
+    if lengths.ndim and not len(lengths):
         raise InputError("lengths: expected at least one example; got none")
+    if (
+        lengths.ndim not in (1, 2)
+        or lengths.dtype.kind not in "iu"
+        or lengths.min() < 0
+    ):
+        raise InputError(
+            "lengths: expected whole numbers from 0, a row an example; "
+            f"got {lengths!r:.80}"
+        )
     if max_tokens and lengths.max() > max_tokens:
         raise InputError(
             f"lengths: expected at most max_tokens={max_tokens} tokens; "
@@ -134,7 +169,7 @@ class BucketBatchSampler:
         _check_batches(lengths, batch_size, max_tokens, pool)
         self.lengths = lengths.astype(np.int32).reshape(len(lengths), -1)
         self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.seed, self.pool = seed, pool
+        self.seed, self.pool = check_value("seed", seed, Seed), pool
 
     def cut(self, order: np.ndarray) -> list[np.ndarray]:
         """Cut an order of examples into batches."""
@@ -145,6 +180,7 @@ class BucketBatchSampler:
 
     def epoch(self, epoch: int = 0) -> list[np.ndarray]:
         """The batches of one epoch, each an array of example numbers."""
+        epoch = check_value("epoch", epoch, Amount)
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.lengths))
         mean_rows = (self.max_tokens or 0) / self.lengths.max(1).mean()
@@ -178,7 +214,10 @@ class RaggedArray:
         """Take rows one by one: no list of them is ever held."""
         values, offsets = array("i"), array("q", [0])
         for row in rows:
-            values.extend(row)
+            try:
+                values.extend(row)
+            except (TypeError, OverflowError) as error:
+                raise InputError(f"rows: expected ids of 32 bits; {error}") from None
             offsets.append(len(values))
         return cls(np.asarray(values, np.int32), np.asarray(offsets, np.int64))
 

@@ -21,6 +21,7 @@ from attn_notes.foundations.checks import (
     unknown_name_error,
 )
 from ..training.checkpoints import atomic_write
+from ..zoo.files import to_path
 
 # %% ../../nbs/data/05_tasks.ipynb #46ab1a06
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def register_task(kind: str, data: Sequence[str] = ()) -> Callable[[Any], Any]:
 
 def task_class(kind: str) -> Any:
     """The class of a kind; `ConfigError` with the nearest names if there is none."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise unknown_name_error("kind of task", str(kind), KINDS)
     if kind not in _CLASSES:
         importlib.import_module(KINDS[kind].module)
@@ -117,7 +118,7 @@ TASK_FILE = "task.json"
 def write_task(folder: str | Path, kind: str, stored: dict[str, Any]) -> None:
     """Write task.json, whole or not at all: the kind, and what the task stores."""
     text = json.dumps({"kind": kind, **stored}, ensure_ascii=False, indent=1)
-    with atomic_write(Path(folder) / TASK_FILE) as file:
+    with atomic_write(to_path(folder) / TASK_FILE) as file:
         file.write(text.encode())
 
 
@@ -128,15 +129,15 @@ def read_task(folder: str | Path, kind: str | None = None) -> Generator[dict[str
     Raises `CheckpointError` when there is no file, when it is of another kind, and when
     the block can make nothing of what is in it.
     """
-    path = Path(folder) / TASK_FILE
+    path = to_path(folder) / TASK_FILE
     try:
         stored = json.loads(path.read_text("utf-8"))
         if kind is not None and stored["kind"] != kind:
             raise ConfigError(f"expected a {kind} task; got {stored['kind']!r}")
         yield stored
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: expected a task; got no file") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a {kind or 'known'} task; could not read it: {error}"
         ) from None
@@ -148,7 +149,7 @@ def load_task(folder: str | Path, data_dir: str | Path | None = None) -> Any:
 
     Raises `CheckpointError` if there is none, or it can not be read.
     """
-    folder = Path(folder)
+    folder = to_path(folder)
     if not (folder / TASK_FILE).exists():
         for kind, known in KINDS.items():
             if known.foreign and all((folder / f).is_file() for f in known.foreign):

@@ -24,9 +24,11 @@ from attn_notes.foundations.checks import (
     ConfigError,
     InputError,
     check_choice,
+    check_positive,
     require_package,
     unknown_name_error,
 )
+from ..zoo.files import to_path
 
 # %% ../../nbs/data/03_translation.ipynb #0ed416c2
 SPLITS = ("train", "valid", "test")
@@ -45,7 +47,7 @@ LANGUAGES = {  # name of a set -> language of the source, language of the target
 
 def check_translation_set(name: str) -> None:
     """Raises `ConfigError` with the nearest names unless it is one of `LANGUAGES`."""
-    if name not in LANGUAGES:
+    if not isinstance(name, str) or name not in LANGUAGES:
         raise unknown_name_error("translation set", str(name), LANGUAGES)
 
 # %% ../../nbs/data/03_translation.ipynb #1e41d497
@@ -182,6 +184,9 @@ def nearest_neighbour_translate(
     """
     if not pairs:
         raise InputError("pairs: expected at least one; got none")
+    if isinstance(texts, str):
+        raise InputError(f"texts: expected several in a list; got {texts!r:.60}")
+    check_positive(chunk=chunk)
     known = [tokenize(pair.source, language) for pair in pairs]
     distinct = dict.fromkeys(token for tokens in known for token in tokens)
     index = {token: i for i, token in enumerate(distinct)}
@@ -239,7 +244,14 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
         raise InputError(
             f"{folder}: expected {PARQUET_SPLITS[split]}-*.parquet; got none"
         )
-    count = int(files[0].stem.rsplit("-", 1)[1])
+    shards = [re.fullmatch(r".*-\d{5}-of-(\d{5})", path.stem) for path in files]
+    counts = {int(shard[1]) if shard else 0 for shard in shards}
+    if len(counts) > 1 or 0 in counts:
+        raise InputError(
+            f"{folder}: expected shards named as {PARQUET_SPLITS[split]}-00000-of-00001"
+            f".parquet, of one number; got {files[0].name} to {files[-1].name}"
+        )
+    count = counts.pop()
     wanted = [
         folder / f"{PARQUET_SPLITS[split]}-{i:05d}-of-{count:05d}.parquet"
         for i in range(count)
@@ -248,7 +260,7 @@ def _parquet_files(folder: Path, split: str) -> list[Path]:
     if missing:
         raise InputError(
             f"{folder}: expected {count} shards of {split}; "
-            f"missing {', '.join(missing)}"
+            f"missing {', '.join(missing[:5])}"
         )
     return wanted
 
@@ -258,13 +270,13 @@ def _wmt14(
 ) -> Iterator[TranslationPair]:
     """WMT14 from a folder; all splits are looked for before one is read."""
     source, target = LANGUAGES[name]
-    if data_dir is None or not Path(data_dir).is_dir():
+    folder = None if data_dir is None else to_path(data_dir)
+    if folder is None or not folder.is_dir():
         raise InputError(
             f"data_dir: {name} needs a folder with {target}-en/*.parquet or "
             f"train.{source}, train.{target}, ...; "
             f"got {data_dir if data_dir is None else str(data_dir)!r}"
         )
-    folder = Path(data_dir)
     nested = folder / f"{target}-en"
     folder = nested if nested.is_dir() else folder
     if any(folder.glob("*.parquet")):

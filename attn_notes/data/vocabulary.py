@@ -6,15 +6,22 @@ __all__ = ['CJK', 'PIECE', 'UNSPACED', 'GLUE', 'SPACE', 'PAD', 'BOS', 'EOS', 'UN
 
 # %% ../../nbs/data/01_vocabulary.ipynb #3ae9192e
 import json
+import operator
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from ..foundations.checks import ConfigError, InputError, require_package
+from attn_notes.foundations.checks import (
+    ConfigError,
+    InputError,
+    check_value,
+    require_package,
+)
 from ..foundations.special_ids import SpecialIds
+from ..foundations.values import Count, Size
 
 # %% ../../nbs/data/01_vocabulary.ipynb #4bc3c44e
 def _order_marks(text: str) -> str:
@@ -32,7 +39,10 @@ def _order_marks(text: str) -> str:
 
 
 def normalize(text: str) -> str:
-    """The text in Unicode's composed form (NFC), its white space single spaces."""
+    """The text in Unicode's composed form (NFC), its white space single spaces.
+    Raises `InputError` for what is no text."""
+    if not isinstance(text, str):
+        raise InputError(f"text: expected a text; got {text!r:.60}")
     if len(text) > 1000 and not text.isascii():
         text = _order_marks(text)
     return " ".join(unicodedata.normalize("NFC", text).split())
@@ -85,6 +95,15 @@ def detokenize(tokens: Sequence[str], language: str = "en") -> str:
 PAD, BOS, EOS, UNK = SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
+def _texts(name: str, texts: Any) -> Iterable[str]:
+    """Some texts. Raises `ConfigError` for one text, or what holds something else."""
+    several = isinstance(texts, Iterable) and not isinstance(texts, str | bytes)
+    held = isinstance(texts, Sequence)
+    if not several or held and not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{name}: expected several texts; got {texts!r:.60}")
+    return texts
+
+
 class TokenTable:
     """Tokens and their ids: the four special tokens first, then `tokens` in order.
 
@@ -95,8 +114,8 @@ class TokenTable:
     special_ids = SpecialIds()
 
     def __init__(self, tokens: Sequence[str], language: str = "en"):
-        self.language = language
-        self.tokens = [*SPECIAL_TOKENS, *tokens]
+        self.language = check_value("language", language, str)
+        self.tokens = [*SPECIAL_TOKENS, *_texts("tokens", tokens)]
         self.index = {token: i for i, token in enumerate(self.tokens)}
         if len(self.index) != len(self.tokens):
             twice = sorted(token for token, n in Counter(self.tokens).items() if n > 1)
@@ -122,17 +141,36 @@ class TokenTable:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Any:
-        """The one that `to_dict` described."""
-        return cls(**stored)
+        """The one that `to_dict` described. Raises `ConfigError` for anything else."""
+        try:
+            return cls(**stored)
+        except TypeError:
+            raise ConfigError(
+                "vocabulary: expected what to_dict gave, language and tokens; "
+                f"got {stored!r:.60}"
+            ) from None
 
 # %% ../../nbs/data/01_vocabulary.ipynb #90f548a4
 def _check_limits(max_size: int | None, min_count: int) -> None:
     """Refuse limits that keep no token beside the special ones."""
-    if max_size is not None and max_size < 5 or min_count < 1:
+    check_value("max_size", max_size, Size | None)
+    check_value("min_count", min_count, Count)
+    if max_size is not None and max_size < 5:
         raise ConfigError(
             "vocabulary: expected max_size of at least 5 and min_count of at least 1; "
             f"got {max_size} and {min_count}"
         )
+
+
+def _check_sides(sides: Sequence, languages: Sequence) -> None:
+    """Raises `ConfigError` unless there are several texts a language."""
+    if len(sides) != len(languages):
+        raise ConfigError(
+            f"sides: expected one a language, {len(languages)}; got {len(sides)}"
+        )
+    for side in sides:
+        if isinstance(side, str | bytes) or not isinstance(side, Iterable):
+            raise ConfigError(f"texts: expected several texts; got {side!r:.60}")
 
 
 def _commonest(counts: Counter, max_size: int | None, min_count: int) -> list[str]:
@@ -147,10 +185,20 @@ def _commonest(counts: Counter, max_size: int | None, min_count: int) -> list[st
     return kept[: max_size - 4] if max_size else kept
 
 
+def _whole(ids: Iterable[int]) -> Iterator[int]:
+    """Ids one by one, as numbers of Python. Raises `InputError` for anything else."""
+    try:
+        yield from map(operator.index, ids)
+    except TypeError:
+        raise InputError(
+            f"ids: expected whole numbers in one dimension; got {ids!r:.60}"
+        ) from None
+
+
 def _real_tokens(tokens: Sequence[str], ids: Iterable[int]) -> list[str]:
     """The tokens of ids up to the first `<eos>`, without `<pad>` and `<bos>`."""
     found = []
-    for i in map(int, ids):
+    for i in _whole(ids):
         if i == 2:
             break
         if not 0 <= i < len(tokens):
@@ -182,6 +230,7 @@ class Vocabulary(TokenTable):
         The commonest tokens, seen at least `min_count` times, and at most `max_size`
         entries, the special ones included; `ConfigError` for a limit that keeps none.
         """
+        _check_sides(sides, languages)
         counts: Counter = Counter()
         for side, language in zip(sides, languages, strict=True):
             counts.update(token for text in side for token in tokenize(text, language))
@@ -253,7 +302,8 @@ class BPEVocabulary(Vocabulary):
         language: str = "en",
     ):
         super().__init__(tokens, language)
-        self.merges = [tuple(pair) for pair in merges]
+        pairs = check_value("merges", merges, tuple[tuple[str, ...], ...])
+        self.merges = [*pairs]
         for pair in self.merges:
             if len(pair) != 2 or not self.index.keys() >= {*pair, "".join(pair)}:
                 raise ConfigError(f"merges: expected two tokens to one; got {pair}")
@@ -268,6 +318,7 @@ class BPEVocabulary(Vocabulary):
         min_count: int = 1,
     ) -> list["Vocabulary"]:
         """Every character, and merges of pairs until there are `max_size` tokens."""
+        _check_sides(sides, languages)
         texts = (text for side in sides for text in side)
         tokens, merges = _train_bpe(texts, max_size or 32_000, min_count)
         return [cls(tokens, merges, language) for language in languages]
@@ -292,4 +343,5 @@ class BPEVocabulary(Vocabulary):
 # %% ../../nbs/data/01_vocabulary.ipynb #e28c2d43
 def vocabulary_from(stored: dict[str, Any]) -> Vocabulary:
     """The vocabulary that `to_dict` described, of words or of pieces."""
-    return (BPEVocabulary if "merges" in stored else Vocabulary).from_dict(stored)
+    pieces = isinstance(stored, dict) and "merges" in stored
+    return (BPEVocabulary if pieces else Vocabulary).from_dict(stored)

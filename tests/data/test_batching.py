@@ -166,7 +166,7 @@ def test_a_ragged_array_is_its_rows(rows):
 def test_rows_are_views_and_ids_fit():
     array = RaggedArray.from_rows([[1, 2], [2**31 - 1]])
     assert array[0].base is not None and array[1].tolist() == [2**31 - 1]
-    with pytest.raises(OverflowError):
+    with pytest.raises(InputError):
         RaggedArray.from_rows([[2**31]])
 
 
@@ -195,3 +195,33 @@ def test_the_order_is_what_it_was():
         [18, 27, 30],
         [24, 36, 14],
     ]
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pad_ids([["a"]]),
+        lambda: pad_ids([[1.5]]),
+        lambda: pad_ids(3),
+        lambda: pad_ids([[2**70]]),
+        lambda: pad_ids([[[1]], [[2]]]),
+        lambda: collate_pairs([([1],)]),
+        lambda: collate_pairs([([1], [2], [3])]),
+        lambda: collate_pairs([("ab", "cd")]),
+        lambda: collate_pairs([(None, [1])]),
+        lambda: BucketBatchSampler([1, 2], "2"),
+        lambda: BucketBatchSampler([1, 2], 2.5),
+        lambda: BucketBatchSampler([float("nan")], 2),
+        lambda: BucketBatchSampler([-1, 2], max_tokens=4),
+        lambda: BucketBatchSampler(["a"], 2),
+        lambda: BucketBatchSampler(None, 2),
+        lambda: BucketBatchSampler([1, 2], 2, seed=-1),
+        lambda: BucketBatchSampler([1, 2], 2).epoch(-1),
+        lambda: padding_share([]),
+    ],
+)
+def test_what_is_no_row_of_ids_no_length_no_number(make):
+    with pytest.raises((ConfigError, InputError), match="expected") as caught:
+        make()
+    assert "\n" not in str(caught.value)

@@ -241,3 +241,34 @@ def test_pairs_come_one_by_one(tmp_path):
     assert next(pairs) == PAIRS[0] and list(pairs) == PAIRS[1:]
     found = list(iterate_pairs("dates-iso", "test", "unit"))
     assert found == translation_pairs("dates-iso", "test", "unit")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-abcde",),
+        ("train-00000-of-00000",),
+        ("train-00000-of-999999999",),
+        ("train-00000-of-00001", "train-00001-of-00002"),
+    ],
+)
+def test_shards_of_other_names(tmp_path, names):
+    for name in (*names, "validation-00000-of-00001", "test-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").touch()
+    with pytest.raises(InputError, match="expected shards named as"):
+        translation_pairs("wmt14-en-de", data_dir=tmp_path)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("given", [3, b"wmt", ["wmt"], False, "x" * 400, ""])
+def test_what_is_no_folder_of_data(given):
+    with pytest.raises(ConfigError, match="path: expected"):
+        translation_pairs("wmt14-en-de", data_dir=given)
+
+
+def test_a_folder_of_data_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.en").write_text("a\n")
+        (tmp_path / f"{split}.de").write_text("b\n")
+    assert translation_pairs("wmt14-en-de", data_dir="~")[0].target == "b"

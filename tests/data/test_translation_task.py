@@ -23,7 +23,7 @@ from attn_notes.data.translation_task import (
     translation_scores,
 )
 from attn_notes.data.vocabulary import BPEVocabulary, Vocabulary
-from attn_notes.foundations.checks import ConfigError, InputError
+from attn_notes.foundations.checks import CheckpointError, ConfigError, InputError
 
 RECIPE = SimpleNamespace(
     batch_size=4,
@@ -551,3 +551,58 @@ def test_it_is_a_task_of_the_training_loop(task):
     from attn_notes.training.tasks import Task
 
     assert isinstance(task, Task)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [TranslationPair("a", "b")],
+        {"train": [("a", "b")]},
+        {"train": [TranslationPair(" ", "b")]},
+        {"train": "ab"},
+        {"train": 3},
+    ],
+    ids=str,
+)
+def test_what_are_no_pairs(pairs):
+    with pytest.raises(InputError, match="pairs: expected"):
+        TranslationTask(pairs=pairs)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_new_tokens": -5},
+        {"max_new_tokens": 3.9},
+        {"shared_vocabulary": "false"},
+        {"data": {"name": "cldr-en-fr", "more": 1}},
+        {"data": {"holdout": "random"}},
+    ],
+    ids=str,
+)
+def test_a_task_file_of_odd_values(task, tmp_path, changed):
+    task.save(tmp_path)
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(CheckpointError, match="task.json"):
+        load_task(tmp_path)
+
+
+def test_home_is_home_of_tasks_too(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task.save("~")
+    assert load_task("~").source_vocab == task.source_vocab
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("given", [([], []), (["a"], ["a", "b"]), ("ab", "ab")])
+def test_scores_of_what_does_not_fit(given):
+    with pytest.raises(InputError, match="expected"):
+        translation_scores(*given, "en")
+
+
+@pytest.mark.no_shapes
+def test_a_model_that_does_not_generate(task):
+    with pytest.raises(ConfigError, match="model: expected one with generate"):
+        task.predict(None, ["a"])

@@ -270,3 +270,34 @@ def test_marks_are_put_in_order_as_unicode_does(text):
     assert normalize(text + "b" * 1001) == unicodedata.normalize(
         "NFC", text + "b" * 1001
     )
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Vocabulary(None),
+        lambda: Vocabulary("abc"),
+        lambda: Vocabulary([1, 2]),
+        lambda: Vocabulary(["a"], None),
+        lambda: Vocabulary.build("hello world"),
+        lambda: Vocabulary.build([None]),
+        lambda: Vocabulary.build(["a"], max_size="10"),
+        lambda: Vocabulary.build(["a"], max_size=5.5),
+        lambda: Vocabulary.build_shared([["a"]], ["en", "fr"]),
+        lambda: Vocabulary(["a"]).encode(b"a"),
+        lambda: Vocabulary(["a"]).decode([4.7]),
+        lambda: Vocabulary(["a"]).decode(["a"]),
+        lambda: Vocabulary(["a"]).decode([[4, 4], [4, 2]]),
+        lambda: Vocabulary(["a"]).decode(4),
+        lambda: vocabulary_from(None),
+        lambda: vocabulary_from({"tokens": "abc"}),
+        lambda: vocabulary_from({"tokens": ["a"], "more": 1}),
+        lambda: BPEVocabulary(["a"], 3),
+        lambda: BPEVocabulary(["a"], [(1, 2)]),
+    ],
+)
+def test_what_is_no_text_no_token_no_id(make):
+    with pytest.raises((ConfigError, InputError), match="expected") as caught:
+        make()
+    assert "\n" not in str(caught.value)
