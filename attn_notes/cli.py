@@ -248,6 +248,7 @@ def _answers(predict: Callable[[list], list], inputs: list[tuple[str, Any]]) -> 
 
     try:
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # they are said here, whatever -W says
             answers = list(predict([given for _, given in inputs]))
     except InputError as error:
         if len(inputs) == 1:
@@ -302,7 +303,10 @@ def _output_file(path: str) -> Path:
     from attn_notes.foundations.checks import InputError
     from attn_notes.zoo.files import to_path
 
-    found = to_path(path).resolve()
+    try:
+        found = to_path(path).resolve()
+    except RuntimeError:  # a loop of links
+        found = Path(os.devnull).parent
     if not path or found.is_dir() or not os.access(found.parent, os.W_OK):
         raise InputError(f"--output: expected a file that can be written; got {path!r}")
     return found
@@ -470,22 +474,24 @@ def _add_training(commands: Any) -> None:
     )
     one.add_argument(
         "--data",
+        type=word,
         metavar="NAME",
         help="cldr-en-fr, dates-iso, wmt14-en-de, ...: a data set, which says what the "
         "task is (default: the first of the model's task)",
     )
     one.add_argument(
-        "--task", metavar="KIND", help="where the data set leaves the choice open"
+        "--task",
+        type=word,
+        metavar="KIND",
+        help="where the data set leaves the choice open",
     )
     one.add_argument(
         "--data-dir",
-        type=Path,
         metavar="DIR",
         help="where the files of the data set are, when no package ships them",
     )
     one.add_argument(
         "--output",
-        type=Path,
         required=True,
         metavar="DIR",
         help="a new or empty folder for checkpoints, metrics and the model",
@@ -638,6 +644,10 @@ def _let_go_of_output() -> None:
 def _run(argv: list[str] | None) -> int:
     """The exit code of a command that ends by itself."""
     _open_streams()
+    if argv is not None and not all(isinstance(text, str) for text in argv):
+        from attn_notes.foundations.checks import ConfigError
+
+        raise ConfigError(f"arguments: expected texts; got {argv!r:.80}")
     try:
         arguments = make_parser().parse_args(argv)
         code = arguments.run(arguments)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -854,3 +855,33 @@ def test_examples_of_shipped_models_are_within_their_reach(
                 assert said.out.splitlines() == answers
                 tried += 1
     assert tried >= 2
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--output", ""], "path: expected a file or folder"),
+        (
+            ["--output", "o", "--data", "wmt14-en-de", "--data-dir", ""],
+            "path: expected",
+        ),
+        (["--output", "o", "--task", ""], "--task: expected a name"),
+    ],
+)
+def test_an_empty_option_is_no_option(refused, tmp_path, monkeypatch, more, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused("train", "transformer_tiny", *more)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_loop_of_links_for_answers(refused, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    argv = "predict", "transformer_tiny", "a", "--output", str(tmp_path / "loop")
+    assert "expected" in refused(*argv)
+
+
+def test_warnings_are_said_whatever_the_filters(monkeypatch, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["predict", "transformer_tiny", "zzz"]) == 0
+    assert "not in the vocabulary" in capsys.readouterr().err
