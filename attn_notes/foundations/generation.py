@@ -20,7 +20,7 @@ from attn_notes.foundations.checks import (
     check_positive,
     checked,
 )
-from .values import Positive, Range, Size
+from .values import Positive, Range, Size, TokenId
 
 # %% ../../nbs/foundations/06_generation.ipynb #d19de9cf
 State = Any  # tensors with the batch first, nested in any way; reorder_state says how
@@ -83,7 +83,7 @@ def greedy_search(
     step: Step,
     state: State,
     prompt: Int[Tensor, "b n"],
-    eos_token_id: int | None,
+    eos_token_id: TokenId | None,
     pad_token_id: int,
     max_new_tokens: int | Int[Tensor, "b"],
 ) -> Int[Tensor, "b t"]:
@@ -304,7 +304,7 @@ def beam_search(
     step: Step,
     state: State,
     prompt: Int[Tensor, "b n"],
-    eos_token_id: int,
+    eos_token_id: TokenId,
     pad_token_id: int,
     max_new_tokens: int | Int[Tensor, "b"],
     num_beams: Beams = 4,
@@ -377,7 +377,7 @@ def sample(
     step: Step,
     state: State,
     prompt: Int[Tensor, "b n"],
-    eos_token_id: int | None,
+    eos_token_id: TokenId | None,
     pad_token_id: int,
     max_new_tokens: int | Int[Tensor, "b"],
     temperature: Positive = 1.0,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
-from ..foundations.checks import ConfigError, checked
+from ..foundations.checks import ConfigError, check_value, checked
 from ..foundations.values import Amount
 
 Schedule = Callable[[int], float]
@@ -26,13 +26,13 @@ P = ParamSpec("P")
 
 def _from_first_step(make: Callable[P, Schedule]) -> Callable[P, Schedule]:
     """The schedules of `make`, with the factor of step 1 at step 0 too. Raises
-    `ConfigError` for arguments of another type."""
+    `ConfigError` for arguments of another type and a step that is no finite number."""
     make = checked(ConfigError)(make)
 
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Schedule:
         factor = make(*args, **kwargs)
-        return lambda step: factor(max(step, 1))
+        return lambda step: factor(max(check_value("step", step, float), 1))
 
     return made
 

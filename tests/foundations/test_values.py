@@ -185,7 +185,9 @@ def test_arguments():
 
 @pytest.mark.no_shapes
 @pytest.mark.parametrize("search", [greedy_search, beam_search, sample])
-@pytest.mark.parametrize("name, odd", [("eos_token_id", 1.5), ("pad_token_id", None)])
+@pytest.mark.parametrize(
+    "name, odd", [("eos_token_id", 1.5), ("eos_token_id", -1), ("pad_token_id", None)]
+)
 def test_searches_take_no_odd_ids(search, name, odd):
     ids = {"eos_token_id": 2, "pad_token_id": 0, name: odd}
     with pytest.raises(InputError, match=f"^{name}: expected a whole number"):

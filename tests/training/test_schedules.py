@@ -57,3 +57,10 @@ def test_no_schedule_begins_before_its_first_step():
         step_decay((-3, 5))
     with pytest.raises(ConfigError, match="fixed_epochs: expected a whole number"):
         seq2seq_halving(5, -1)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("step", [math.nan, math.inf, "1", None])
+def test_a_step_is_a_number(step):
+    with pytest.raises(ConfigError, match="step: expected a finite number"):
+        constant(3)(step)
