@@ -57,7 +57,9 @@ def _shown(value: Any) -> str:
     short = Repr()
     short.maxstring = short.maxother = short.maxlong = 60
     try:
-        return _came(value) if isinstance(value, Tensor) else short.repr(value)
+        if isinstance(value, Tensor):
+            return _came(value)
+        return " ".join(short.repr(value).split())
     except ValueError:  # a number of more digits than Python writes
         return f"{type(value).__name__} of {value.bit_length()} bits"
 

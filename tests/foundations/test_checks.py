@@ -239,3 +239,10 @@ def test_masks_that_are_sparse_or_hold_no_data_are_refused():
         check_mask_rows(mask.to("meta"))
     with pytest.raises(InputError, match="input_ids: expected values to read"):
         check_id_values(mask.long().to("meta"), 5)
+
+
+@pytest.mark.no_shapes
+def test_an_array_is_shown_in_one_line():
+    with pytest.raises(ConfigError, match="size: expected .*; got array") as info:
+        check_positive(size=torch.ones(3, 3).numpy())
+    assert "\n" not in str(info.value)
