@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
-from ..foundations.checks import InputError
+from ..foundations.checks import CheckpointError, InputError
 from .given import check_numbers, checked_counts, sequence
 from .processes import Processes
 from .recipes import Recipe
@@ -120,6 +120,11 @@ class BatchStream:
             if not len(batches):
                 raise InputError(
                     f"task: expected a training batch in epoch {epoch}; got none"
+                )
+            if position > len(batches):
+                raise CheckpointError(
+                    f"checkpoint: expected a position of at most {len(batches)} in "
+                    f"epoch {epoch}; got {position}"
                 )
             for i in range(position, len(batches)):
                 where = f"batch {i} of epoch {epoch}"

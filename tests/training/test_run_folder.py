@@ -590,3 +590,11 @@ def test_before_there_is_an_average_they_are_the_weights(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(recipe, task, model, output_dir=tmp_path)
     assert same(model, read_state_dict(tmp_path / "checkpoint.pt"))
+
+
+def test_a_place_that_the_data_have_not(tmp_path):
+    run(output_dir=tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    torch.save({**state, "position": 10**6}, tmp_path / "checkpoint.pt")
+    longer = replace(SHORT, max_steps=6)
+    refused(CheckpointError, "position", longer, output_dir=tmp_path, resume=True)
