@@ -21,13 +21,20 @@ from ..foundations.values import Amount, Seed
 Row = Sequence[int] | np.ndarray
 
 
+def _came(given: object) -> str:
+    """What came instead of rows, as one short line."""
+    return f"{' '.join(repr(given).split()):.80}"
+
+
 def _fill(rows: Sequence[Row], mask: np.ndarray, padding: int) -> Tensor:
     """The ids of all rows where the mask is True, `padding` elsewhere."""
     filled = np.full(mask.shape, padding, np.int64)
     flat = np.concatenate(rows)
     whole = flat.dtype.kind in "iu"
     if not whole and not (flat.dtype.kind == "f" and (flat % 1 == 0).all()):
-        raise InputError(f"rows: expected ids, whole numbers; got {flat[:8]!r:.80}")
+        raise InputError(
+            f"rows: expected ids, whole numbers; got {flat[:8].tolist()!r:.80}"
+        )
     filled[mask] = flat
     return torch.from_numpy(filled)
 
@@ -39,7 +46,7 @@ def _lengths(rows: Sequence[Row], name: str = "rows") -> np.ndarray:
     except (TypeError, ValueError):
         shapes = [()]
     if any(len(shape) != 1 for shape in shapes):
-        raise InputError(f"{name}: expected rows of ids; got {rows!r:.80}")
+        raise InputError(f"{name}: expected rows of ids; got {_came(rows)}")
     return np.array([shape[0] for shape in shapes], int)
 
 
@@ -74,7 +81,7 @@ def collate_pairs(
         sources, targets = zip(*pairs, strict=True)
     except (TypeError, ValueError):
         raise InputError(
-            f"pairs: expected one or more (source, target); got {pairs!r:.80}"
+            f"pairs: expected one or more (source, target); got {_came(pairs)}"
         ) from None
     input_ids, attention_mask = pad_ids(sources, pad_token_id)
     lengths = _lengths(targets, "targets")[:, None]
@@ -128,7 +135,7 @@ def _check_batches(
     ):
         raise InputError(
             "lengths: expected whole numbers from 0, a row an example; "
-            f"got {lengths!r:.80}"
+            f"got {_came(lengths)}"
         )
     if max_tokens and lengths.max() > max_tokens:
         raise InputError(

@@ -191,7 +191,8 @@ def _whole(ids: Iterable[int]) -> Iterator[int]:
         yield from map(operator.index, ids)
     except TypeError:
         raise InputError(
-            f"ids: expected whole numbers in one dimension; got {ids!r:.60}"
+            "ids: expected whole numbers in one dimension; "
+            f"got {' '.join(repr(ids).split()):.60}"
         ) from None
 
 

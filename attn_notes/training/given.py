@@ -71,7 +71,7 @@ def check_numbers(name: str, rows: Any, examples: int) -> None:
     if numbers.size and not (whole and 0 <= numbers.min() <= numbers.max() < examples):
         raise InputError(
             f"task: expected {name} to hold numbers from 0 to {examples - 1}; "
-            f"got {str(rows):.60}"
+            f"got {' '.join(str(rows).split()):.60}"
         )
 
 
