@@ -1661,6 +1661,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'attn_notes.zoo.files': { 'attn_notes.zoo.files._commit': ('zoo/files.html#_commit', 'attn_notes/zoo/files.py'),
                                       'attn_notes.zoo.files._finish': ('zoo/files.html#_finish', 'attn_notes/zoo/files.py'),
                                       'attn_notes.zoo.files._let_go': ('zoo/files.html#_let_go', 'attn_notes/zoo/files.py'),
+                                      'attn_notes.zoo.files._new_part': ('zoo/files.html#_new_part', 'attn_notes/zoo/files.py'),
                                       'attn_notes.zoo.files._read_index': ('zoo/files.html#_read_index', 'attn_notes/zoo/files.py'),
                                       'attn_notes.zoo.files._read_npz': ('zoo/files.html#_read_npz', 'attn_notes/zoo/files.py'),
                                       'attn_notes.zoo.files._read_pickle': ('zoo/files.html#_read_pickle', 'attn_notes/zoo/files.py'),

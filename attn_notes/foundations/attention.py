@@ -78,7 +78,11 @@ _RECORDERS: ContextVar[tuple["_Recorder", ...]] = ContextVar("recorders", defaul
 
 def _recorders_of(module: nn.Module) -> list["_Recorder"]:
     "Every `record_attention` of this context that watches `module`."
-    return [recorder for recorder in _RECORDERS.get() if module in recorder.paths]
+    recorders = _RECORDERS.get()
+    if any(recorder.model is None for recorder in recorders):  # closed elsewhere
+        recorders = tuple(r for r in recorders if r.model is not None)
+        _RECORDERS.set(recorders)
+    return [recorder for recorder in recorders if module in recorder.paths]
 
 
 def is_recorded(model: nn.Module) -> bool:

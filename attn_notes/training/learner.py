@@ -186,7 +186,8 @@ class Learner:
         """Model, optimizer and average. The averaged weights, where there are some by
         now, are `model_ema`: what a reader of the file takes for the model."""
         state = {"step": self.step, "model": self.unwrapped_model.state_dict()}
-        state["optimizer"] = self.optimizer.state_dict()
+        state["optimizer"] = optimizer = self.optimizer.state_dict()
+        state["optimized"] = len(optimizer["state"])  # tensors with moments of theirs
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         average = self.average.state_dict() if self.average is not None else {}
@@ -194,8 +195,13 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What `state_dict` gave. Raises `ValueError` before anything is changed when
-        the weights are of another model."""
+        the weights are of another model, or the optimizer's state is not whole."""
         check_shapes(self.unwrapped_model, state["model"])
+        if len(state["optimizer"]["state"]) != state["optimized"]:
+            raise ValueError(
+                f"optimizer: expected the state of {state['optimized']} tensors; "
+                f"got {len(state['optimizer']['state'])}"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.unwrapped_model.load_state_dict(state["model"])
         if self.accelerator.scaler is not None:

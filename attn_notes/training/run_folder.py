@@ -151,6 +151,7 @@ _STATE: dict[str, Any] = {
     "epoch": Amount,
     "position": Amount,
     "metrics": Amount,
+    "optimized": Amount,
 }
 _STATE |= {"seconds": NonNegative, "random": list, "row": dict | None}
 

@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -98,9 +98,10 @@ def settle(folder: Path) -> None:
     if committed.is_symlink() or not committed.is_dir():
         return
     with writing(folder, ", and is half replaced: its new files are in .committed"):
-        for path in sorted(committed.iterdir()):
-            with suppress(FileNotFoundError):  # another process finishes it too
-                path.replace(folder / path.name)
+        with suppress(FileNotFoundError):  # another process finishes it too
+            for path in sorted(committed.iterdir()):
+                with suppress(FileNotFoundError):
+                    path.replace(folder / path.name)
         try:
             committed.rmdir()
         except OSError as error:  # another's, which finishes what it has put there
@@ -179,6 +180,15 @@ def _commit(part: Path, folder: Path) -> None:
         settle(folder)
 
 
+def _new_part(beside: Path, name: str, held: ExitStack) -> Path:
+    """A folder to write into, which `held` keeps from being swept."""
+    while True:
+        part = Path(mkdtemp(prefix=f"{name}.part-", dir=beside))
+        with suppress(FileNotFoundError):  # another has swept it before it was locked
+            if held.enter_context(locked(part)) and part.is_dir():
+                return part
+
+
 @contextmanager
 def atomic_folder(folder: str | Path) -> Generator[Path, None, None]:
     """Gives an empty folder to write into; at the end its files appear in `folder`, all
@@ -193,16 +203,14 @@ def atomic_folder(folder: str | Path) -> Generator[Path, None, None]:
         beside, name = (folder, "") if old else (folder.parent, f".{folder.name}")
         beside.mkdir(parents=True, exist_ok=True)
         sweep(beside, f"{name}.part-*")
-        part = Path(mkdtemp(prefix=f"{name}.part-", dir=beside))
-        try:
-            with locked(part):
-                yield part
-                _finish(part)
-                _commit(part, folder)
-                _to_disk(beside)
+        with ExitStack() as held:
+            part = _new_part(beside, name, held)
+            held.callback(shutil.rmtree, part, ignore_errors=True)
+            yield part
+            _finish(part)
+            _commit(part, folder)
+            _to_disk(beside)
             settle(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/zoo/01_files.ipynb #bfdf7ef1
 def _read_safetensors(path: Path) -> object:

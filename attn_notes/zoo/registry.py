@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -205,7 +205,9 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     for key in overrides:
         if key not in names:
             raise unknown_name_error(f"field of {type(config).__name__}", key, names)
-    return replace(config, **overrides)
+    hints = get_type_hints(type(config), include_extras=True)
+    values = {k: check_value(k, value, hints[k]) for k, value in overrides.items()}
+    return replace(config, **values)
 
 # %% ../../nbs/zoo/03_registry.ipynb #4197cf08
 def chapter_modules() -> list[str]:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
+from attn_notes.foundations import attention as module
 from attn_notes.foundations.attention import (
     Attention,
     HeadProjections,
@@ -603,6 +604,7 @@ def test_a_record_in_a_generator_that_another_thread_closes():
     thread.start()
     thread.join()
     assert unrecorded(model, x + 1, *kept)
+    assert not module._RECORDERS.get()  # what was closed elsewhere costs nothing
 
 
 def test_records_of_asynchronous_tasks():

@@ -297,7 +297,7 @@ def test_resuming_skips_to_its_place_in_the_data_and_a_finished_run_does_nothing
         run(RECIPE, Stopping(3), output_dir=tmp_path)
     model, history = run(RECIPE, output_dir=tmp_path, resume=True)
     task = Toy()
-    task.evaluate = None
+    task.evaluate = lambda *_, **__: pytest.fail("nothing is left to evaluate")
     again, history_again = run(RECIPE, task, output_dir=tmp_path, resume=True)
     assert task.served == 0 and history_again == history and same(model, again)
 

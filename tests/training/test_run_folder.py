@@ -284,6 +284,17 @@ def test_a_checkpoint_that_was_tampered_with(tmp_path, changed):
 
 
 @pytest.mark.no_shapes
+def test_an_optimizer_that_has_lost_its_moments(tmp_path):
+    run(output_dir=tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    state["optimizer"]["state"].clear()
+    torch.save(state, tmp_path / "checkpoint.pt")
+    longer = replace(SHORT, max_steps=6)
+    said = "optimizer: expected the state of"
+    refused(CheckpointError, said, longer, output_dir=tmp_path, resume=True)
+
+
+@pytest.mark.no_shapes
 def test_a_checkpoint_with_code_in_it_is_one_line(tmp_path):
     run(output_dir=tmp_path)
     torch.save(toy_model(), tmp_path / "checkpoint.pt")
