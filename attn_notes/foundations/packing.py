@@ -53,7 +53,9 @@ def run_packed(
     """`stack(x, mask)`, computed at the real tokens alone where at least a tenth of the
     tokens are padding; the output is zero there. `stack` is a `Stack` of encoder
     blocks, or one of them."""
-    packed = None if mask is None else PackedTokens(mask)
-    if mask is None or packed is None or 10 * len(packed.index) > 9 * mask.numel():
+    if mask is None:
+        return stack(x)
+    packed = PackedTokens(mask)
+    if 10 * len(packed.index) > 9 * mask.numel():
         return stack(x, mask)
     return packed.unpack(stack(packed.pack(x), packed))

@@ -206,6 +206,7 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
         if key not in names:
             raise unknown_name_error(f"field of {type(config).__name__}", key, names)
     hints = get_type_hints(type(config), include_extras=True)
+    # a list of config.json is a tuple before the class sees it
     values = {k: check_value(k, value, hints[k]) for k, value in overrides.items()}
     return replace(config, **values)
 
