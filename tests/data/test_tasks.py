@@ -124,6 +124,44 @@ def test_a_broken_task_file(tmp_path, content):
         load_task(tmp_path)
 
 
+@pytest.fixture
+def words(monkeypatch):
+    """Two kinds that know a vocabulary by one of two sets of files."""
+    monkeypatch.setattr(tasks, "KINDS", dict(KINDS))
+    monkeypatch.setattr(tasks, "_CLASSES", dict(tasks._CLASSES))
+    for kind in ("naming", "filling"):
+        load = classmethod(lambda cls, folder: cls.kind)
+        tasks.KINDS[kind] = TaskKind(__name__, (), (("words",), ("a.json", "b.txt")))
+        register_task(kind)(type(kind, (), {"load_foreign": load}))
+
+
+@pytest.mark.parametrize("files", [["words"], ["a.json", "b.txt"]])
+def test_the_model_says_the_kind_of_another_librarys_folder(words, tmp_path, files):
+    for name in files:
+        (tmp_path / name).touch()
+    assert load_task(tmp_path, kind="filling") == "filling"
+    assert load_task(tmp_path, kind="naming") == "naming"
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "files, kind, said",
+    [
+        ([], None, "expected task.json; got no such file"),
+        ([], "naming", "task.json or words or a.json and b.txt; got no such file"),
+        (["a.json"], "naming", "a.json and b.txt; got no such file"),
+        (["words"], None, "expected task.json; got the files of naming and filling"),
+        (["words"], "translation", "vocab.json; got the files of naming and filling"),
+        (["words"], "painting", "task.json; got the files of naming and filling"),
+    ],
+)
+def test_a_folder_without_a_task(words, tmp_path, files, kind, said):
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=said):
+        load_task(tmp_path, kind=kind)
+
+
 def test_a_task_file_of_another_kind(painting, tmp_path):
     write_task(tmp_path, "painting", {"colours": [1]})
     with pytest.raises(CheckpointError, match="expected a translation task"):
