@@ -433,7 +433,7 @@ def test_sentences_beyond_the_positions_are_left_out(monkeypatch, tmp_path, caps
 def test_fewer_steps_keep_the_recipe_in_proportion(monkeypatch):
     from argparse import Namespace
 
-    from attn_notes import cli
+    from attn_notes.commands import train
     from attn_notes.training.recipes import Recipe
     from attn_notes.zoo import registry
 
@@ -448,7 +448,7 @@ def test_fewer_steps_keep_the_recipe_in_proportion(monkeypatch):
         registry, "model_info", lambda name: Namespace(recipes={"paper": recipe})
     )
     short = {
-        steps: cli._recipe(
+        steps: train._recipe(
             Namespace(
                 name="any",
                 recipe="paper",
@@ -503,11 +503,11 @@ class Reverse:
 @pytest.fixture
 def reverse(monkeypatch):
     """`predict` with that task, and what the task was asked."""
-    from attn_notes import cli
+    from attn_notes.commands import predict
 
     task = Reverse()
     task.calls = []
-    monkeypatch.setattr(cli, "_trained", lambda arguments: (task, None))
+    monkeypatch.setattr(predict, "load_trained", lambda arguments: (task, None))
     return task
 
 

@@ -24,7 +24,7 @@ READING = [
     ("Efficient attention", ["efficient/*"]),
     ("Workshop: training", ["training/*"]),
     ("Workshop: data", ["data/*"]),
-    ("Workshop: package and command line", ["zoo/*", "cli"]),
+    ("Workshop: package and command line", ["zoo/*", "cli", "commands/*"]),
 ]
 
 MAGIC = re.compile(

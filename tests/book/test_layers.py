@@ -18,9 +18,10 @@ PARTS = [
     "detection",
     "segmentation",
     "efficient",
+    "commands",
     "cli",
 ]
-CHAPTERS = PARTS[PARTS.index("sequence") : PARTS.index("cli")]
+CHAPTERS = PARTS[PARTS.index("sequence") : PARTS.index("commands")]
 ALLOWED_IN_A_MODEL = (
     "foundations",
     "zoo.registry",
