@@ -507,7 +507,8 @@ def reverse(monkeypatch):
 
     task = Reverse()
     task.calls = []
-    monkeypatch.setattr(predict, "load_trained", lambda arguments: (task, None))
+    monkeypatch.setattr(predict, "find_task", lambda arguments: (task, None))
+    monkeypatch.setattr(predict, "load_model", lambda name, folder: None)
     return task
 
 
