@@ -37,6 +37,8 @@ ANCESTORS = {
     "sequence.seq2seq": ("sequence.cells", "sequence.encoder_decoder"),
     "sequence.convs2s": ("sequence.encoder_decoder",),
     "sequence.transformer": ("sequence.encoder_decoder",),
+    "language.bert": (),
+    "language.gpt": (),
 }
 
 
