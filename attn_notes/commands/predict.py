@@ -20,25 +20,34 @@ from attn_notes.commands.answers import (
     read_inputs,
     write_answers,
 )
-from .arguments import at_least_one, number, seed, word
+from attn_notes.commands.arguments import (
+    at_least_one,
+    number,
+    pretrained_folder,
+    seed,
+    word,
+)
 from .streams import say
 
 # %% ../../nbs/commands/06_predict.ipynb #7d1e04aa
 def find_task(arguments: argparse.Namespace) -> tuple[Any, Path]:
-    """The task of a folder, and the folder. Raises `InputError` for a single file."""
+    """The task of a folder, and the folder. Raises `CheckpointError` for the folder of
+    a model that is trained for another kind of task."""
     from attn_notes.data.tasks import load_task
-    from attn_notes.foundations.checks import InputError
-    from attn_notes.zoo.checkpoints import find_checkpoint, shipped_weights
+    from attn_notes.foundations.checks import CheckpointError
+    from attn_notes.zoo.checkpoints import read_config, shipped_weights
     from attn_notes.zoo.registry import model_info
 
     info, given = model_info(arguments.name), arguments.pretrained
-    folder = find_checkpoint(shipped_weights(info.name) if given is None else given)[0]
-    if folder is None:
-        raise InputError(
-            "--pretrained: expected a folder that attn-notes train wrote; got the "
-            f"single file {given}"
+    folder = pretrained_folder(shipped_weights(info.name) if given is None else given)
+    task = load_task(folder, kind=info.task)
+    stored = read_config(folder).get("architecture", "model of another library")
+    if stored != info.name and task.kind != info.task:
+        raise CheckpointError(
+            f"{folder}: expected a task of {info.task}, as {info.name} is for; got "
+            f"{task.kind}, of a {stored}"
         )
-    return load_task(folder, kind=info.task), folder
+    return task, folder
 
 
 def load_model(name: str, folder: Path) -> Any:

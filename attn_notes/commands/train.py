@@ -8,10 +8,11 @@ __all__ = ['train_command', 'add_training']
 # %% ../../nbs/commands/04_train.ipynb #541a3257
 import argparse
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from .arguments import at_least_one, seed, word
+from .arguments import at_least_one, pretrained_folder, seed, word
 
 # %% ../../nbs/commands/04_train.ipynb #24d4d492
 def _recipe(arguments: argparse.Namespace) -> Any:
@@ -59,38 +60,66 @@ def _check_output(output: Path, resume: bool) -> None:
             )
 
 # %% ../../nbs/commands/04_train.ipynb #9a65afc9
-def _task(arguments: argparse.Namespace, seed: int) -> Any:
-    """The task that the data set implies, or the one that --task names."""
-    from attn_notes.data.tasks import create_task, kind_of_data
+def _kind(arguments: argparse.Namespace) -> str:
+    """The kind of task that the data set implies, or the one that --task names."""
+    from attn_notes.data.tasks import kind_of_data
     from attn_notes.foundations.checks import ConfigError
     from attn_notes.zoo.registry import model_info
 
     usual = model_info(arguments.name).task
-    kind = arguments.task or usual
-    if arguments.data is not None and arguments.task is None:
-        kind = kind_of_data(arguments.data, usual)
-        if kind != usual:
-            raise ConfigError(
-                f"--data: {arguments.data} is for {kind}, {arguments.name} is for "
-                f"{usual}; --task {kind} insists"
-            )
-    return create_task(kind, arguments.data, data_dir=arguments.data_dir, seed=seed)
+    if arguments.data is None or arguments.task is not None:
+        return arguments.task or usual
+    kind = kind_of_data(arguments.data, usual)
+    if kind != usual:
+        raise ConfigError(
+            f"--data: {arguments.data} is for {kind}, {arguments.name} is for "
+            f"{usual}; --task {kind} insists"
+        )
+    return kind
+
+
+def _task(arguments: argparse.Namespace, seed: int, folder: Path | None) -> Any:
+    """The task to train on, with the vocabulary of the folder that training starts
+    from, where its kind has one."""
+    from attn_notes.data.tasks import create_task, load_task, task_class
+
+    kind, options = _kind(arguments), {}
+    if folder and "vocabulary" in signature(task_class(kind).create).parameters:
+        options["vocabulary"] = load_task(folder, kind=kind).vocabulary
+    data = {"data_dir": arguments.data_dir, "seed": seed}
+    return create_task(kind, arguments.data, **data, **options)
+
+# %% ../../nbs/commands/04_train.ipynb #4711dafa
+def _model(
+    arguments: argparse.Namespace, task: Any, folder: Path | None, seed: int
+) -> Any:
+    """The model to train, of sizes that the task asks for: new, or of a folder."""
+    from torch import manual_seed
+
+    from attn_notes.zoo.checkpoints import load_pretrained
+    from attn_notes.zoo.factory import build_model
+    from attn_notes.zoo.registry import model_info, override
+
+    info = model_info(arguments.name)
+
+    def build(config: Any) -> Any:
+        config = override(config, task.overrides(config))
+        manual_seed(seed)
+        return build_model(info, config)
+
+    if folder is not None:
+        return load_pretrained(info, folder, build)
+    small = info.tiny if arguments.recipe == "tiny" else {}
+    return build(override(info.config, small))
 
 
 def _prepare(arguments: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
     """The task and the model to train; a folder made for nothing goes again."""
-    from torch import manual_seed
-
-    from attn_notes.zoo.factory import create_model
-    from attn_notes.zoo.registry import model_info, override
-
-    info = model_info(arguments.name)
-    small = dict(info.tiny) if arguments.recipe == "tiny" else {}
     try:
-        task = _task(arguments, recipe.seed)
-        small |= task.overrides(override(info.config, small))
-        manual_seed(recipe.seed)
-        return task, create_model(info.name, **small)
+        given = arguments.pretrained
+        folder = None if given is None else pretrained_folder(given)
+        task = _task(arguments, recipe.seed, folder)
+        return task, _model(arguments, task, folder, recipe.seed)
     except BaseException:
         if arguments.output.is_dir() and not any(arguments.output.iterdir()):
             arguments.output.rmdir()
@@ -141,6 +170,9 @@ def add_training(commands: Any) -> None:
         epilog="""examples:
   attn-notes train seq2seq_bahdanau --data cldr-en-fr --output runs/french
   attn-notes train seq2seq_bahdanau --data cldr-en-fr --output runs/french --resume
+  attn-notes train bert_book_pretraining --data kjv --output runs/bert
+  attn-notes train bert_book_sequence --pretrained runs/bert \\
+      --data kjv-sections --output runs/sections
   torchrun --nproc-per-node 8 --no-python \\
       attn-notes train transformer_base --recipe paper \\
       --data wmt14-en-de --data-dir DIR --output runs/base""",
@@ -169,6 +201,12 @@ def add_training(commands: Any) -> None:
         "--data-dir",
         metavar="DIR",
         help="where the files of the data set are, when no package ships them",
+    )
+    one.add_argument(
+        "--pretrained",
+        metavar="PATH",
+        help="a folder or a hub id, of whose weights and vocabulary training starts "
+        "(default: from new weights)",
     )
     one.add_argument(
         "--output",

@@ -291,10 +291,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def stored_config(info: ModelInfo, folder: Path, fmt: CheckpointFormat = NATIVE) -> Any:
     """The configuration that a folder in some format holds for a registered model.
 
-    Raises `CheckpointError` for another model's folder, or a value that is refused."""
+    Raises `CheckpointError` for another model's folder in the book's own format, or a
+    value that is refused."""
     stored = read_config(folder)
     architecture = stored.get("architecture", info.name)
-    if architecture != info.name and architecture in list_models():
+    others = [name for name in list_models() if name != info.name]
+    if fmt is NATIVE and architecture in others:
         raise CheckpointError(f"{folder} holds a {architecture}, not a {info.name}")
     known = {f.name for f in fields(info.config)}
     try:

@@ -496,6 +496,26 @@ def test_shared_weights_that_disagree_are_refused(saved, tmp_path):
     )
 
 
+def test_a_format_may_take_another_models_weights(saved, toy):
+    """Of those it recognizes; other_toy keeps a fresh head."""
+    other_head = CheckpointFormat(
+        "another head",
+        lambda keys: {"embedding.weight", "head.weight"} <= keys,
+        convert=lambda state, model: {
+            key: value for key, value in state.items() if "head" not in key
+        },
+        absent=("head.*",),
+    )
+    info = an.model_info("other_toy")
+    common = {k: getattr(info, k) for k in ("paper", "year", "chapter", "task")}
+    row = {"config": info.config, "parameters": 87, "formats": (other_head,)}
+    register_models(info.model, {"other_toy": row}, **common)
+    with pytest.warns(an.CheckpointWarning, match="left as they were: head.weight"):
+        model = an.create_model("other_toy", pretrained=saved[1])
+    assert torch.equal(model.embedding.weight, saved[0].embedding.weight)
+    assert model.not_loaded == ("head.weight", "head.bias")
+
+
 def test_another_models_checkpoint(saved, toy, tmp_path):
     refuses("holds a toy, not a other_toy", "other_toy", pretrained=saved[1])
     lstm = write(torch.nn.LSTM(3, 4).state_dict(), tmp_path / "lstm.safetensors")
