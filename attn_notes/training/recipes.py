@@ -25,6 +25,7 @@ from attn_notes.foundations.values import (
     Seed,
     Size,
 )
+from .optimizers import AdamWithoutCorrection
 from .schedules import SCHEDULES, Schedule
 
 # %% ../../nbs/training/03_recipes.ipynb #fcdd98f7
@@ -83,7 +84,7 @@ class Recipe:
     `checkpoint_every` count steps (None: at the end only).
     """
 
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "bert_adam", "sgd"] = "adam"
     learning_rate: Positive = 1e-3
     lr_scales: Mapping[str, NonNegative] = field(default_factory=dict)  # by name
     betas: tuple[Rate, Rate] = (0.9, 0.999)
@@ -183,5 +184,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=recipe.momentum)
-    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    make = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "bert_adam": AdamWithoutCorrection,
+    }[recipe.optimizer]
     return make(groups, betas=recipe.betas, eps=recipe.eps)
