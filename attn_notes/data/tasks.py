@@ -41,6 +41,9 @@ KINDS = {
     "translation": TaskKind(
         "attn_notes.data.translation_task", tuple(LANGUAGES), (MARIAN_FILES,)
     ),
+    "causal_language_modeling": TaskKind(
+        "attn_notes.data.causal_language_modeling", ("kjv", "text"), BYTE_BPE_FILES
+    ),
 }
 _CLASSES: dict[str, Any] = {}
 
