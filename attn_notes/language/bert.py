@@ -391,7 +391,7 @@ TINY_PRETRAINING = Recipe(
     schedule="linear",
     warmup_steps=400,
     max_steps=6000,
-    batch_size=64,
+    batch_size=32,
     max_grad_norm=1.0,
 )
 
