@@ -6,11 +6,11 @@
 __all__ = ['EVALUATED', 'NEW_TOKENS', 'TopP', 'stream_loss', 'stream_scores', 'LanguageModelingData', 'left_padded', 'new_tokens',
            'LanguageModel', 'CausalLanguageModeling']
 
-# %% ../../nbs/data/17_causal_language_modeling.ipynb #4d0eb471
+# %% ../../nbs/data/17_causal_language_modeling.ipynb #b2192288
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -220,7 +220,7 @@ class LanguageModel(LanguageModelingData):
             for row, new in zip(rows, found.tolist(), strict=True)
         ]
 
-# %% ../../nbs/data/17_causal_language_modeling.ipynb #712f4da2
+# %% ../../nbs/data/17_causal_language_modeling.ipynb #01703268
 @register_task("causal_language_modeling", data=("kjv", "text"))
 class CausalLanguageModeling(LanguageModel):
     """Predict the next token of a text: a stream of byte pairs for training, scores and
@@ -235,7 +235,7 @@ class CausalLanguageModeling(LanguageModel):
         data_dir: str | Path | None = None,
         seed: int = 0,
         vocabulary: ByteBPE | None = None,
-    ) -> Self:
+    ) -> "CausalLanguageModeling":
         """Of a named set; what is absent is said now. `seed` draws nothing here."""
         data = {"name": data_name} | (
             {} if data_dir is None else {"data_dir": data_dir}
@@ -253,7 +253,9 @@ class CausalLanguageModeling(LanguageModel):
         write_task(folder, self.kind, {**stored, "vocabulary": vocabulary})
 
     @classmethod
-    def load(cls, folder: str | Path, data_dir: str | Path | None = None) -> Self:
+    def load(
+        cls, folder: str | Path, data_dir: str | Path | None = None
+    ) -> "CausalLanguageModeling":
         """What `save` wrote; the data are read when they are needed. Raises
         `CheckpointError` when the file is absent or of something else."""
         with read_task(folder, cls.kind) as stored:
@@ -266,7 +268,7 @@ class CausalLanguageModeling(LanguageModel):
             )
 
     @classmethod
-    def load_foreign(cls, folder: str | Path) -> Self:
+    def load_foreign(cls, folder: str | Path) -> "CausalLanguageModeling":
         """The task of a GPT-2 folder of transformers: its vocabulary, and the length of
         its rows, the `n_positions` of config.json. Raises `CheckpointError` for other
         files, and for a vocabulary of another size than the configuration has."""
