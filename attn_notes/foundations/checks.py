@@ -15,7 +15,16 @@ from functools import cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    dataclass_transform,
+    get_type_hints,
+)
 
 import torch
 import torch.utils._pytree as pytree
@@ -302,6 +311,7 @@ def check_mask_rows(mask: Tensor, name: str = "mask") -> None:
         )
 
 # %% ../../nbs/foundations/00_checks.ipynb #fdb88de1
+@dataclass_transform()
 class Output:
     """Base of what a model with several outputs returns. A subclass lists its fields;
     it becomes a dataclass, and a node that torch.compile and torch.export see through.

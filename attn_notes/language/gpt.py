@@ -6,8 +6,8 @@
 __all__ = ['State', 'GPT_NAMES', 'LM_FORMAT', 'HF_FORMAT', 'TF_FORMAT', 'SIZES', 'BOOK', 'BOOK_RECIPE', 'PAPER_RECIPE',
            'FINE_TUNING', 'BOOK_FINE_TUNING', 'FIRST', 'SECOND', 'GPTConfig', 'GPTSequenceConfig',
            'PostNormCausalBlock', 'PreNormCausalBlock', 'GPTEmbedding', 'real_positions', 'make_layers', 'init_gpt_',
-           'check_prompt', 'is_drawn', 'CausalGeneration', 'CausalDecoder', 'GPTModel', 'GPT', 'GPTSequenceOutput',
-           'GPTForSequence', 'add_tokens', 'hf_to_ours', 'tf_to_ours', 'hf_config', 'gpt2_config']
+           'CausalDecoder', 'GPTModel', 'GPT', 'GPTSequenceOutput', 'GPTForSequence', 'add_tokens', 'hf_to_ours',
+           'tf_to_ours', 'hf_config', 'gpt2_config']
 
 # %% ../../nbs/language/02_gpt.ipynb #gpt-imports
 #| code-fold: true
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,31 +23,19 @@ from torch import Tensor, nn
 
 from ..foundations.blocks import PostNormBlock, PreNormBlock, Stack
 from ..foundations.cache import KeyValueCache
+from ..foundations.causal_generation import CausalGeneration
 from attn_notes.foundations.checks import (
     CheckpointError,
     ConfigError,
-    InputError,
     Output,
     check_divides,
     check_fields,
-    check_id_values,
     check_ids,
-    check_mask_rows,
     check_mask_shape,
-    checked,
-)
-from attn_notes.foundations.generation import (
-    Beams,
-    Penalty,
-    beam_search,
-    greedy_search,
-    max_lengths,
-    sample,
 )
 from ..foundations.initialization import init_normal_
-from ..foundations.masks import warn_of_padding
 from ..foundations.positions import LearnedPositions, TokenPositionEmbedding
-from ..foundations.values import Depth, NonNegative, Range, Rate, Size, TokenId
+from ..foundations.values import Depth, Rate, Size, TokenId
 from ..training.recipes import Recipe
 from attn_notes.zoo.formats import (
     CheckpointFormat,
@@ -136,14 +124,15 @@ class GPTEmbedding(TokenPositionEmbedding):
         positions = LearnedPositions(d, n)
         super().__init__(config.vocab_size, d, positions, dropout=config.dropout)
 
-    def forward(  # ty: ignore[invalid-method-override]
+    def forward(
         self, ids: Int[Tensor, "b n"], offset: int | Int[Tensor, "b n"] = 0
     ) -> Float[Tensor, "b n d"]:
         """Vectors (b n d) of the tokens `ids`, of which the first stands at position
         `offset`, or each at its own. Raises `InputError` beyond the last position."""
         if not isinstance(offset, Tensor):
             return super().forward(ids, offset)
-        return self.dropout(self.tokens(ids) + self.positions.weight[offset])
+        positions: Any = self.positions
+        return self.dropout(self.tokens(ids) + positions.weight[offset])
 
 
 def real_positions(mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
@@ -174,105 +163,6 @@ def init_gpt_(model: nn.Module, config: GPTConfig) -> None:
             if name.endswith(("out_proj.weight", "linear2.weight")):
                 weight.mul_(scale)
 
-# %% ../../nbs/language/02_gpt.ipynb #gpt-prompt
-#| code-fold: true
-def check_prompt(
-    config: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    max_new_tokens: int | Tensor,
-) -> Tensor:
-    """The limit of each row (b,). Raises `InputError` unless `input_ids` (b n) are ids
-    of the vocabulary, the mask shows at least one token in every row, with padding on
-    the left, and prompt and new tokens together fill no more than the positions; warns
-    of padding without a mask. Reads data."""
-    check_ids(input_ids)
-    check_id_values(input_ids, config.vocab_size)
-    if attention_mask is None:
-        warn_of_padding(input_ids, config.pad_token_id)
-        length = input_ids.shape[1]
-    else:
-        check_mask_shape(attention_mask, input_ids.shape, "attention_mask")
-        check_mask_rows(attention_mask, "attention_mask")
-        if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
-            raise InputError(
-                "attention_mask: expected padding on the left of a prompt; got some "
-                "behind a token"
-            )
-        length = int(attention_mask.sum(1).max())
-    limits = max_lengths(max_new_tokens, len(input_ids), input_ids.device)
-    most, new = config.max_position_embeddings, int(limits.max())
-    if length + new > most:
-        raise InputError(
-            f"input_ids, max_new_tokens: expected at most {most} tokens together, the "
-            f"number of positions; got {length} and {new}"
-        )
-    return limits
-
-
-def is_drawn(do_sample: bool | None, num_beams: int, **how: float | None) -> bool:
-    """Whether tokens are drawn: as `do_sample` says, else where a temperature, top_k or
-    top_p is given and the temperature is not 0. Raises `InputError` for what
-    contradicts itself."""
-    given = [name for name, x in how.items() if x is not None]
-    drawn = bool(given) and how["temperature"] != 0 if do_sample is None else do_sample
-    if do_sample is False and given:
-        raise InputError(
-            f"{given[0]}: expected None with do_sample=False, which draws nothing; "
-            f"got {how[given[0]]}"
-        )
-    if drawn and num_beams > 1:
-        raise InputError(
-            f"num_beams: expected 1 where tokens are drawn; got {num_beams}"
-        )
-    return drawn
-
-# %% ../../nbs/language/02_gpt.ipynb #gpt-generate
-class CausalGeneration(nn.Module):
-    "Base of a model that continues texts by its `start` and `step`."
-
-    config: Any
-
-    @checked(InputError)
-    def generate(
-        self,
-        input_ids: Int[Tensor, "b n"],
-        attention_mask: Bool[Tensor, "b n"] | None = None,
-        max_new_tokens: int | Int[Tensor, "b"] = 20,
-        do_sample: bool | None = None,
-        temperature: NonNegative | None = None,
-        top_k: Size | None = None,
-        top_p: Annotated[float, Range(0, 1, above=True)] | None = None,
-        num_beams: Beams = 1,
-        length_penalty: Penalty = 1.0,
-        eos_token_id: TokenId | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Int[Tensor, "b t"]:
-        """The prompts and behind them the new tokens, as transformers gives them; after
-        the end token, the configuration's unless another is given, padding. The most
-        probable token each time; drawn, with `sampling_probs`, where a temperature,
-        top_k or top_p is given, or `do_sample`; the best of a beam where `num_beams` is
-        above 1. Prompts of different lengths have padding on the left, where
-        `attention_mask` is False. Raises `InputError` before any work: `check_prompt`
-        and the searches say for what."""
-        config, ask = self.config, {"temperature": temperature}
-        ask |= {"top_k": top_k, "top_p": top_p}
-        drawn = is_drawn(do_sample, num_beams, **ask)
-        limits = check_prompt(config, input_ids, attention_mask, max_new_tokens)
-        end = config.eos_token_id if eos_token_id is None else eos_token_id
-        pad = next(x for x in (config.pad_token_id, end, 0) if x is not None)
-        model: Any = self
-        start = model.step, model.start(attention_mask), input_ids
-        if drawn:
-            how = {k: x for k, x in ask.items() if x is not None}
-            new = sample(*start, end, pad, limits, **how, generator=generator)
-        elif num_beams == 1:
-            new = greedy_search(*start, end, pad, limits)
-        else:
-            end = config.vocab_size if end is None else end  # never generated
-            new = beam_search(*start, end, pad, limits, num_beams, length_penalty)
-        return torch.cat([input_ids, new], 1)
-
 # %% ../../nbs/language/02_gpt.ipynb #gpt-decoder
 #| code-fold: true
 State = dict[str, Any]  # "padding": (b,) tokens on the left; "past": caches, a layer
@@ -302,9 +192,10 @@ class CausalDecoder(Stack):
         mask: Bool[Tensor, "b n"] | None = None,
     ) -> tuple[Float[Tensor, "b d"], State]:
         "The output at the last of the next m positions, and the state after them."
-        past, layers = list(state["past"]), self.layers
+        past = list(state["past"])
+        layers: Any = self.layers
         for i, layer in enumerate(layers):
-            x, past[i] = layer.step(x, past[i], mask)  # ty: ignore[call-non-callable]
+            x, past[i] = layer.step(x, past[i], mask)
         return self.norm(x[:, -1]), {**state, "past": tuple(past)}
 
 # %% ../../nbs/language/02_gpt.ipynb #gpt-base
@@ -449,9 +340,9 @@ def hf_to_ours(state: StateDict, model: nn.Module) -> StateDict:
     """The names of transformers to ours. Raises `CheckpointError` for an output matrix
     of its own."""
     state = strip_prefix(state, "transformer.")
-    tokens = state.get("wte.weight", state.get("tokens_embed.weight"))
-    output = state.pop("lm_head.weight", tokens)
-    if tokens is not None and output is not tokens and not torch.equal(output, tokens):
+    tokens = [state[k] for k in ("wte.weight", "tokens_embed.weight") if k in state]
+    output = state.pop("lm_head.weight", None)
+    if output is not None and not (tokens and torch.equal(output, tokens[0])):
         raise CheckpointError(
             "lm_head.weight: expected the table of token embeddings; got another"
         )
