@@ -69,7 +69,7 @@ def mask_tokens(
         return torch.from_numpy(hidden), torch.from_numpy(labels)
     return hidden, labels
 
-# %% ../../nbs/data/10_masking.ipynb #a3268406
+# %% ../../nbs/data/10_masking.ipynb #85f068ec
 Sentence = Sequence[int]
 Document = Sequence[Sentence]
 
@@ -82,12 +82,16 @@ def shorten(
     surplus = len(first) + len(second) - max_tokens
     if surplus <= 0:
         return first, second
-    bounds = [[0, len(first)], [0, len(second)]]
-    for at_start in rng.random(surplus) < 0.5:
-        start, end = longer = max(bounds, key=lambda bound: bound[1] - bound[0])
-        longer[:] = (start + 1, end) if at_start else (start, end - 1)
-    (a, b), (c, d) = bounds
-    return first[a:b], second[c:d]
+    longer = min(surplus, abs(len(first) - len(second)))
+    rest = surplus - longer  # is taken from either in turn
+    cuts = [rest // 2, rest - rest // 2]
+    cuts[len(second) > len(first)] += longer
+    starts = [int(n) for n in rng.binomial(cuts, 0.5)]
+    first, second = (
+        row[start : len(row) - (cut - start)]
+        for row, cut, start in zip((first, second), cuts, starts, strict=True)
+    )
+    return first, second
 
 
 def _joined(sentences: Sequence[Sentence]) -> list[int]:

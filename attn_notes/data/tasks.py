@@ -44,6 +44,11 @@ KINDS = {
     "causal_language_modeling": TaskKind(
         "attn_notes.data.causal_language_modeling", ("kjv", "text"), BYTE_BPE_FILES
     ),
+    "masked_language_modeling": TaskKind(
+        "attn_notes.data.masked_language_modeling",
+        ("kjv", "chinese-reviews"),
+        WORDPIECE_FILES,
+    ),
 }
 _CLASSES: dict[str, Any] = {}
 
