@@ -430,7 +430,7 @@ SIZES = {  # layers, width, heads of GPT-2
 BOOK: dict[str, Any] = {
     "vocab_size": 2000,
     "hidden_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 512,
     "max_position_embeddings": 128,
@@ -438,7 +438,7 @@ BOOK: dict[str, Any] = {
 BOOK: dict[str, Any] = {
     "vocab_size": 2000,
     "hidden_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 512,
     "max_position_embeddings": 128,
@@ -452,8 +452,8 @@ BOOK_RECIPE = Recipe(
     weight_decay=0.01,
     schedule="cosine",
     warmup_steps=100,
-    max_steps=2000,
-    batch_size=32,
+    max_steps=3000,
+    batch_size=16,
     max_grad_norm=1.0,
 )
 PAPER_RECIPE = Recipe(  # 100 epochs of about a billion tokens, 64 x 512 a step
@@ -531,7 +531,7 @@ register_models(
         "gpt_book": {
             **SECOND,
             "config": GPTConfig(**BOOK, norm_first=True),
-            "parameters": 1_065_728,
+            "parameters": 867_456,
             "recipes": {"tiny": BOOK_RECIPE},
         },
     },
@@ -550,7 +550,7 @@ register_models(
             "config": GPTSequenceConfig(
                 **{**BOOK, "vocab_size": 2003}, norm_first=True
             ),
-            "parameters": 1_066_370,
+            "parameters": 868_098,
             "recipes": {"tiny": BOOK_FINE_TUNING},
         },
     },
