@@ -434,14 +434,6 @@ BOOK: dict[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 512,
     "max_position_embeddings": 128,
-}
-BOOK: dict[str, Any] = {
-    "vocab_size": 2000,
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 512,
-    "max_position_embeddings": 128,
     "bos_token_id": 1999,
     "eos_token_id": 1999,
 }
