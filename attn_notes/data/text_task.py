@@ -10,7 +10,7 @@ __all__ = ['Packed', 'BATCH', 'VOCAB_SIZE', 'MAX_TOKENS', 'pack_texts', 'collate
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ class StoredTextTask(TextTask):
         write_task(folder, self.kind, self.stored())
 
     @classmethod
-    def restore(cls, stored: Mapping[str, Any]) -> Self:
+    def restore(cls, stored: Mapping[str, Any]) -> Any:
         """The task of what `stored` gave. Raises `ValueError`, `KeyError` or
         `TypeError` for anything else."""
         vocabulary = WordPiece.from_dict(stored["vocabulary"])
@@ -246,7 +246,7 @@ class StoredTextTask(TextTask):
         return cls(vocabulary, data and dict(data), stored["max_tokens"])
 
     @classmethod
-    def load(cls, folder: str | Path, data_dir: str | Path | None = None) -> Self:
+    def load(cls, folder: str | Path, data_dir: str | Path | None = None) -> Any:
         """What `save` wrote; the data are read when they are needed. Raises
         `CheckpointError` when the file is absent or of something else."""
         with read_task(folder, cls.kind) as stored:
