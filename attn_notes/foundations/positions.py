@@ -126,6 +126,6 @@ class TokenPositionEmbedding(nn.Module):
         x = self.tokens(ids) * self.scale + self.positions(ids.shape[1], offset)
         return self.dropout(x)
 
-    def logits(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n v"]:
-        "Logits (b n v) over the tokens, from the table of the embeddings."
+    def logits(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
+        "Logits (... v) over the tokens, from the table of the embeddings."
         return F.linear(x, self.tokens.weight)
