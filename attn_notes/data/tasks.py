@@ -49,6 +49,17 @@ KINDS = {
         ("kjv", "chinese-reviews"),
         WORDPIECE_FILES,
     ),
+    "text_classification": TaskKind(
+        "attn_notes.data.text_classification",
+        ("kjv-sections", "chinese-reviews", "kjv-pairs"),
+        WORDPIECE_FILES,
+    ),
+    "token_classification": TaskKind(
+        "attn_notes.data.token_classification", ("kjv-punctuation",), WORDPIECE_FILES
+    ),
+    "question_answering": TaskKind(
+        "attn_notes.data.question_answering", ("films",), WORDPIECE_FILES
+    ),
 }
 _CLASSES: dict[str, Any] = {}
 
