@@ -342,7 +342,8 @@ def hf_to_ours(state: StateDict, model: nn.Module) -> StateDict:
     state = strip_prefix(state, "transformer.")
     tokens = [state[k] for k in ("wte.weight", "tokens_embed.weight") if k in state]
     output = state.pop("lm_head.weight", None)
-    if output is not None and not (tokens and torch.equal(output, tokens[0])):
+    same = [x.is_meta or torch.equal(x, output) for x in tokens if output is not None]
+    if not all(same):
         raise CheckpointError(
             "lm_head.weight: expected the table of token embeddings; got another"
         )
