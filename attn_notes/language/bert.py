@@ -132,6 +132,7 @@ def check_inputs(
     input_ids: Tensor,
     attention_mask: Tensor | PackedTokens | None = None,
     token_type_ids: Tensor | None = None,
+    predicted: Tensor | None = None,
 ) -> None:
     """Raises `InputError` for wrong ranks, types or sizes of what a BERT is given.
     Reads no data."""
@@ -140,6 +141,8 @@ def check_inputs(
         attention_mask = attention_mask.mask
     if attention_mask is not None:
         check_mask_shape(attention_mask, input_ids.shape, "attention_mask")
+    if predicted is not None:
+        check_mask_shape(predicted, input_ids.shape, "predicted")
     if token_type_ids is not None:
         check_ids(token_type_ids, "token_type_ids")
         if token_type_ids.shape != input_ids.shape:
@@ -245,6 +248,7 @@ class BertForPretraining(nn.Module, PretrainedMixin):
         """Logits of the tokens (b n v), or (p v) of those where `predicted` is True
         alone, in reading order; and of the pair (b 2), 0 for a sentence that follows.
         Other arguments and errors as of `Bert`."""
+        check_inputs(self.config, input_ids, predicted=predicted)
         output = self.bert(input_ids, attention_mask, token_type_ids)
         tokens = self.predictions(output.last_hidden_state, predicted)
         return PretrainingOutput(tokens, self.seq_relationship(output.pooler_output))
@@ -269,6 +273,7 @@ class BertForMaskedLM(nn.Module, PretrainedMixin):
         predicted: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n v"] | Float[Tensor, "p v"]:
         "The token logits of `BertForPretraining`."
+        check_inputs(self.config, input_ids, predicted=predicted)
         output = self.bert(input_ids, attention_mask, token_type_ids)
         return self.predictions(output.last_hidden_state, predicted)
 
@@ -476,7 +481,7 @@ TF_FORMAT = CheckpointFormat(
 # %% ../../nbs/language/01_bert.ipynb #bert-recipes
 #| code-fold: true
 PAPER_PRETRAINING = Recipe(
-    optimizer="adamw",
+    optimizer="bert_adam",
     learning_rate=1e-4,
     eps=1e-6,
     weight_decay=0.01,
@@ -511,7 +516,7 @@ TINY_FINE_TUNING = Recipe(
     max_grad_norm=1.0,
 )
 PAPER_FINE_TUNING = Recipe(  # GLUE's largest task: 3 epochs of 392,702 pairs
-    optimizer="adamw",
+    optimizer="bert_adam",
     learning_rate=3e-5,
     eps=1e-6,
     weight_decay=0.01,
