@@ -45,18 +45,18 @@ def split(name, part="train"):
 
 @cache
 def trained(name="kjv-sections", lowercase=True):
-    return WordPiece.train(split(name)[:2000], 1500, lowercase)
+    return WordPiece.train(split(name)[:1000], 1500, lowercase)
 
 
 @cache
 def byte_pairs():
-    return ByteBPE.train(split("kjv-sections")[:2000], 1000)
+    return ByteBPE.train(split("kjv-sections")[:1000], 1000)
 
 
 def texts():
     """Texts that nothing was trained on."""
     sets = "kjv-sections", "chinese-reviews"
-    return ODD + [text for name in sets for text in split(name, "test")[:150]]
+    return ODD + [text for name in sets for text in split(name, "test")[:100]]
 
 
 # as the libraries cut
@@ -141,7 +141,7 @@ def test_longest_match_by_hand():
 
 
 def test_training_gives_the_same_pieces_every_time():
-    verses = split("kjv-sections")[:300]
+    verses = split("kjv-sections")[:200]
     first = WordPiece.train(verses, 400)
     assert all(WordPiece.train(verses, 400) == first for _ in range(4))
     assert ByteBPE.train(verses, 400) == ByteBPE.train(verses, 400)
