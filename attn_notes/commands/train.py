@@ -84,6 +84,8 @@ def _task(arguments: argparse.Namespace, seed: int, folder: Path | None) -> Any:
     from attn_notes.data.tasks import create_task, load_task, task_class
 
     kind, options = _kind(arguments), {}
+    if arguments.max_tokens is not None:
+        options["max_tokens"] = arguments.max_tokens
     if folder and "vocabulary" in signature(task_class(kind).create).parameters:
         options["vocabulary"] = load_task(folder, kind=kind).vocabulary
     data = {"data_dir": arguments.data_dir, "seed": seed}
@@ -170,7 +172,7 @@ def add_training(commands: Any) -> None:
         epilog="""examples:
   attn-notes train seq2seq_bahdanau --data cldr-en-fr --output runs/french
   attn-notes train seq2seq_bahdanau --data cldr-en-fr --output runs/french --resume
-  attn-notes train bert_book_pretraining --data kjv --output runs/bert
+  attn-notes train bert_book_pretraining --data kjv --max-tokens 32 --output runs/bert
   attn-notes train bert_book_sequence --pretrained runs/bert \\
       --data kjv-sections --output runs/sections
   torchrun --nproc-per-node 8 --no-python \\
@@ -226,6 +228,13 @@ def add_training(commands: Any) -> None:
         metavar="N",
         help="instead of the recipe's; the warm-up and the average shrink with it; "
         "more of them lengthen a finished run that --resume continues",
+    )
+    one.add_argument(
+        "--max-tokens",
+        type=at_least_one,
+        metavar="N",
+        help="tokens of an example at most, where the task cuts texts; no more than "
+        "the model has positions",
     )
     one.add_argument(
         "--save-every",

@@ -499,8 +499,8 @@ TINY_PRETRAINING = Recipe(
     weight_decay=0.01,
     schedule="linear",
     warmup_steps=400,
-    max_steps=6000,
-    batch_size=32,
+    max_steps=7000,
+    batch_size=64,
     max_grad_norm=1.0,
 )
 
@@ -544,8 +544,12 @@ BOOK: dict[str, Any] = {
     "max_position_embeddings": 128,
     "dropout": 0.0,
 }
-CHINESE: dict[str, Any] = {**BOOK, "vocab_size": 2800, "hidden_size": 80}
-CHINESE["intermediate_size"] = 320
+CHINESE: dict[str, Any] = {
+    **BOOK,
+    "vocab_size": 2800,
+    "hidden_size": 80,
+    "intermediate_size": 320,
+}
 SIZES = {
     "bert_base": BertConfig(),
     "bert_large": BertConfig(**LARGE),
@@ -558,8 +562,14 @@ def named(
     suffix: str, counts: tuple[int, ...], **about: Any
 ) -> dict[str, dict[str, Any]]:
     "The rows of the registry for one kind of head: a name, its size, its parameters."
+    published = "bert_base", "bert_large"
     return {
-        f"{name}{suffix}": {"config": config, "parameters": count, **about}
+        f"{name}{suffix}": {
+            "config": config,
+            "parameters": count,
+            "tiny": BOOK if name in published else {},
+            **about,
+        }
         for (name, config), count in zip(SIZES.items(), counts, strict=True)
     }
 
@@ -569,7 +579,6 @@ COMMON: dict[str, Any] = {
     "year": 2018,
     "chapter": "language/01_bert",
     "formats": (BOOK_FORMAT, HF_FORMAT, TF_FORMAT),
-    "tiny": BOOK,
     "keeps": ("Transformer encoder", "attention"),
     "replaces": ("sinusoidal by learned positions", "left-to-right by masked tokens"),
     "adds": ("pre-training and fine-tuning", "segments", "[CLS]"),
