@@ -323,7 +323,7 @@ class FineTuning:
     def dataset(self, split: str) -> list:
         return self.splits[split]
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
+    def batches(self, epoch: int) -> Any:
         return self.sampler.epoch(epoch)
 
     def collate(self, examples: Any) -> dict[str, Tensor]:
@@ -378,7 +378,8 @@ def fine_tune(seed: int, pretrained: bool, auxiliary: float) -> dict:
     task = FineTuning(LABELS, auxiliary, seed)
     torch.manual_seed(seed)
     weights = weights_folder("gpt_book") if pretrained else False
-    sizes = {"vocab_size": len(released()[1].vocabulary) + 3, "num_classes": 6}
+    sizes: dict[str, Any] = {"vocab_size": len(released()[1].vocabulary) + 3}
+    sizes |= {"num_classes": 6}
     model = create_model("gpt_book_sequence", pretrained=weights, **sizes).train()
     train(model, task, replace(FINE_TUNING_RECIPE, seed=seed), progress=False)
     return task.evaluate(model, "test")
