@@ -8,9 +8,8 @@ __all__ = ['train_command', 'add_training']
 # %% ../../nbs/commands/04_train.ipynb #541a3257
 import argparse
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from .arguments import at_least_one, pretrained_folder, seed, word
 
@@ -78,18 +77,28 @@ def _kind(arguments: argparse.Namespace) -> str:
     return kind
 
 
+def _vocabulary(kind: str, folder: Path) -> dict[str, Any]:
+    """The vocabulary beside the weights of a folder, where a kind of task takes one:
+    that of their task, or what the files of another library hold."""
+    from attn_notes.data.tasks import TASK_FILE, load_task, task_class
+
+    hint = get_type_hints(task_class(kind).create).get("vocabulary")
+    if hint is None:
+        return {}
+    if (folder / TASK_FILE).exists():
+        return {"vocabulary": getattr(load_task(folder), "vocabulary", None)}
+    return {"vocabulary": get_args(hint)[0].load(folder)}
+
+
 def _task(arguments: argparse.Namespace, seed: int, folder: Path | None) -> Any:
     """The task to train on, with the vocabulary of the folder that training starts
-    from, where its kind has one."""
-    from attn_notes.data.tasks import create_task, load_task, task_class
+    from."""
+    from attn_notes.data.tasks import create_task
 
-    kind, options = _kind(arguments), {}
-    if arguments.max_tokens is not None:
-        options["max_tokens"] = arguments.max_tokens
-    if folder and "vocabulary" in signature(task_class(kind).create).parameters:
-        options["vocabulary"] = load_task(folder, kind=kind).vocabulary
+    kind = _kind(arguments)
+    known = _vocabulary(kind, folder) if folder else {}
     data = {"data_dir": arguments.data_dir, "seed": seed}
-    return create_task(kind, arguments.data, **data, **options)
+    return create_task(kind, arguments.data, **data, **known)
 
 # %% ../../nbs/commands/04_train.ipynb #4711dafa
 def _model(

@@ -141,7 +141,13 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
 def new_tokens(rows: Sequence[Sequence[int]], wanted: int | None, limit: int) -> int:
     """How many tokens to generate behind prompts, for a model of `limit` positions.
 
-    Raises `InputError`, with the place, for a prompt that does not leave room."""
+    Raises `ConfigError` for as many as there are positions, and `InputError`, with the
+    place, for a prompt that does not leave room."""
+    if wanted is not None and wanted >= limit:
+        raise ConfigError(
+            f"max_new_tokens: expected less than {limit}, the positions of the model; "
+            f"got {wanted}"
+        )
     for i, row in enumerate(rows):
         where = "inputs" if len(rows) == 1 else f"inputs[{i}]"
         if len(row) + (wanted or 1) > limit:
