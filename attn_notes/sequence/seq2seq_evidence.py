@@ -266,8 +266,8 @@ def round_to_half(model: nn.Module) -> nn.Module:
     return model
 
 
-def save_release(model: EncoderDecoder, task: TranslationTask, name: str) -> None:
-    """Write weights, in half precision, and vocabularies where `pretrained=True` looks
+def save_release(model: Any, task: Any, name: str) -> None:
+    """Write weights, in half precision, and the task where `pretrained=True` looks
     for those of `name`."""
     folder = weights_folder(name)
     folder.mkdir(parents=True, exist_ok=True)
