@@ -4,7 +4,7 @@
 __all__ = ['PARTS', 'NGRAMS', 'CONTEXTS', 'SAMPLED', 'LABELS', 'FINE_TUNING_RECIPE', 'FINE_TUNED', 'reference_model',
            'same_weights', 'read_openai_gpt', 'pair_models', 'gpt_flops', 'forward_pair', 'generation_pair',
            'kneser_ney', 'released', 'stream_of', 'score_ngrams', 'score_context', 'score_positions', 'sample_text',
-           'gpt_input', 'FineTuning', 'fine_tune', 'bag_of_words']
+           'gpt_input', 'LabelledVerses', 'FineTuning', 'fine_tune', 'bag_of_words']
 
 # %% ../../nbs/language/02_gpt_evidence.ipynb #gpe-imports
 import json
@@ -301,11 +301,11 @@ def gpt_input(
     return [*ids[: max_tokens - 1], extract]
 
 
-class FineTuning:
-    "Parts of the Bible: `labels` verses for training, the loss with an auxiliary part."
+class LabelledVerses:
+    "Parts of the Bible as a task: `labels` verses for training, drawn with the seed."
 
-    def __init__(self, labels: int, auxiliary: float, seed: int) -> None:
-        vocabulary, self.auxiliary = released()[1].vocabulary, auxiliary
+    def __init__(self, labels: int, seed: int) -> None:
+        vocabulary = released()[1].vocabulary
         chosen = np.random.default_rng(seed).permutation(27_000)[:labels]
         self.splits = {}
         for split in ("train", "test"):
@@ -331,6 +331,14 @@ class FineTuning:
         labels = torch.tensor([label for _, label in examples])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
+# %% ../../nbs/language/02_gpt_evidence.ipynb #gpe-losses
+class FineTuning(LabelledVerses):
+    "Its loss has the language model's, times `auxiliary`, as its second term."
+
+    def __init__(self, labels: int, auxiliary: float, seed: int) -> None:
+        super().__init__(labels, seed)
+        self.auxiliary = auxiliary
+
     def counts(self, batch: Any) -> dict[str, float]:
         tokens = int(batch["attention_mask"][:, 1:].sum())
         return {"class": len(batch["labels"]), "next_token": tokens}
@@ -345,7 +353,14 @@ class FineTuning:
         return {"class": (label, 1.0), "next_token": (token, self.auxiliary)}
 
     @torch.no_grad()
-    def evaluate(self, model: Any, split: str = "valid", *_: Any) -> dict[str, float]:
+    def evaluate(
+        self,
+        model: Any,
+        split: str = "valid",
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Any = list,
+    ) -> dict[str, float]:
         examples, right = self.splits[split], 0
         for start in range(0, len(examples), 64):
             batch = self.collate(examples[start : start + 64])
@@ -384,7 +399,7 @@ def fine_tune(seed: int, pretrained: bool, auxiliary: float) -> dict:
     train(model, task, replace(FINE_TUNING_RECIPE, seed=seed), progress=False)
     return task.evaluate(model, "test")
 
-
+# %% ../../nbs/language/02_gpt_evidence.ipynb #gpe-words
 @experiment("gpt", "bag_of_words", [{}], seeds=range(5))
 def bag_of_words(seed: int) -> dict:
     "Logistic regression on TF-IDF of the same verses."
