@@ -5,6 +5,7 @@ __all__ = ['FeedForward', 'EncoderBlock', 'PostNormBlock', 'PreNormBlock', 'Stac
 
 # %% ../../nbs/foundations/04_blocks.ipynb #c51ffca8
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -82,8 +83,8 @@ class PostNormBlock(EncoderBlock):
         is_causal: bool = False,
     ) -> Float[Tensor, "b n d"]:
         "(b n d) to (b n d); the other arguments as in `MultiHeadAttention`."
-        attended = self.attention(x, mask=mask, bias=bias, is_causal=is_causal)
-        x = self.norm1(x + self.dropout(attended))
+        options: Any = {"mask": mask, "bias": bias, "is_causal": is_causal}
+        x = self.norm1(x + self.dropout(self.attention(x, **options)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -99,10 +100,8 @@ class PreNormBlock(EncoderBlock):
         is_causal: bool = False,
     ) -> Float[Tensor, "b n d"]:
         "(b n d) to (b n d); the other arguments as in `MultiHeadAttention`."
-        attended = self.attention(
-            self.norm1(x), mask=mask, bias=bias, is_causal=is_causal
-        )
-        x = x + self.dropout(attended)
+        options: Any = {"mask": mask, "bias": bias, "is_causal": is_causal}
+        x = x + self.dropout(self.attention(self.norm1(x), **options))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 # %% ../../nbs/foundations/04_blocks.ipynb #807939c2
