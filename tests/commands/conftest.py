@@ -32,6 +32,6 @@ def ask(run, capsys):
         capsys.readouterr()
         code, seen = run(*argv), capsys.readouterr()
         assert (code, seen.err) == (0, "")
-        return seen.out.splitlines()
+        return seen.out.split("\n")[:-1]
 
     return ask
