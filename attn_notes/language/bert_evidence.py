@@ -329,7 +329,7 @@ def train_directions(seed: int, name: str, steps: int) -> dict:
     }
 
 # %% ../../nbs/language/01_bert_evidence.ipynb #bert-pairs
-BASE_PAIR: dict[str, Any] = {"num_hidden_layers": 2}  # of the base size
+BASE_PAIR: dict[str, Any] = {"num_hidden_layers": 2, "vocab_size": 8000}
 
 
 def encoder_flops(config: BertConfig, lengths: Sequence[int]) -> int:
