@@ -387,7 +387,7 @@ FINE_TUNED = [
 ]
 
 
-@experiment("gpt", "finetuning", FINE_TUNED, seeds=range(5))
+@experiment("gpt", "finetuning", FINE_TUNED, seeds=range(3))
 def fine_tune(seed: int, pretrained: bool, auxiliary: float) -> dict:
     "Train on a few labelled verses; accuracy on the verses of the test chapters."
     task = FineTuning(LABELS, auxiliary, seed)
@@ -400,7 +400,7 @@ def fine_tune(seed: int, pretrained: bool, auxiliary: float) -> dict:
     return task.evaluate(model, "test")
 
 # %% ../../nbs/language/02_gpt_evidence.ipynb #gpe-words
-@experiment("gpt", "bag_of_words", [{}], seeds=range(5))
+@experiment("gpt", "bag_of_words", [{}], seeds=range(3))
 def bag_of_words(seed: int) -> dict:
     "Logistic regression on TF-IDF of the same verses."
     from sklearn.feature_extraction.text import TfidfVectorizer
