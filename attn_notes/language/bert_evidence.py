@@ -77,7 +77,7 @@ def bert_twins(head: str, **sizes: Any) -> tuple[Any, nn.Module]:
 
 # %% ../../nbs/language/01_bert_evidence.ipynb #a3af7820
 DIRECTIONS = [
-    {"name": "masked", "steps": 1000},
+    {"name": "masked", "steps": 2400},
     {"name": "left_to_right", "steps": 700},
     {"name": "shallow", "steps": 320},
 ]
