@@ -220,8 +220,8 @@ def stream_of(unit: str, split: str) -> tuple[np.ndarray, int]:
     return np.array(ids), len(known) + 2
 
 
-NGRAMS = [{"unit": "character", "order": n} for n in range(1, 9)]
-NGRAMS += [{"unit": "token", "order": n} for n in range(1, 5)]
+NGRAMS = [{"unit": "character", "order": n} for n in range(1, 11)]
+NGRAMS += [{"unit": "token", "order": n} for n in range(1, 6)]
 
 
 @experiment("gpt", "bits", NGRAMS, seeds=(0,))
