@@ -381,9 +381,9 @@ FINE_TUNING_RECIPE = Recipe(
     max_grad_norm=1.0,
 )
 FINE_TUNED = [
-    {"pretrained": pretrained, "auxiliary": auxiliary}
-    for pretrained in (True, False)
-    for auxiliary in (0.5, 0.0)
+    {"pretrained": True, "auxiliary": 0.5},
+    {"pretrained": True, "auxiliary": 0.0},
+    {"pretrained": False, "auxiliary": 0.5},
 ]
 
 
