@@ -11,7 +11,7 @@ __all__ = ['SEPARATOR', 'Encoded', 'INPUTS', 'split_texts', 'LabelledRows', 'Lab
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -188,7 +188,7 @@ class NamedTask(LabelledTask, ExampleKind):
         vocabulary: WordPiece | None = None,
         limit: int | None = None,
         max_tokens: int = MAX_TOKENS,
-    ) -> Self:
+    ) -> Any:
         """Of one of the sets `DATA`, the first if none is named; `limit` bounds the
         training examples, which `seed` draws."""
         name = cls.DATA[0] if data_name is None else data_name
@@ -346,14 +346,14 @@ class ClassTask(LabelledTraining):
         return {**super().stored(), "classes": self.classes}
 
     @classmethod
-    def restore(cls, stored: Mapping[str, Any]) -> Self:
+    def restore(cls, stored: Mapping[str, Any]) -> Any:
         vocabulary = WordPiece.from_dict(stored["vocabulary"])
         data = check_value("data", stored["data"], Mapping | None)
         data, classes = data and dict(data), check_classes(stored["classes"])
         return cls(vocabulary, data, stored["max_tokens"], classes=classes)
 
     @classmethod
-    def load_foreign(cls, folder: str | Path) -> Self:
+    def load_foreign(cls, folder: str | Path) -> Any:
         """The task of a Hugging Face folder of a BERT: its vocabulary, and the names of
         its classes. Raises `CheckpointError`."""
         return cls(foreign_vocabulary(folder), classes=foreign_classes(folder))
