@@ -7,7 +7,7 @@ __all__ = ['Ids', 'MASKED', 'RANDOM', 'Sentence', 'Document', 'choose_positions'
 
 # %% ../../nbs/data/10_masking.ipynb #d15d88a4
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -65,9 +65,8 @@ def mask_tokens(
     draw, other = rng.random(ids.shape), rng.integers(0, vocab_size, ids.shape)
     replaced = np.where(draw < MASKED, mask_token_id, other)
     hidden = np.where(chosen & (draw < MASKED + RANDOM), replaced, ids)
-    if isinstance(input_ids, Tensor):
-        return torch.from_numpy(hidden), torch.from_numpy(labels)
-    return hidden, labels
+    wrap: Any = torch.from_numpy if isinstance(input_ids, Tensor) else np.asarray
+    return wrap(hidden), wrap(labels)
 
 # %% ../../nbs/data/10_masking.ipynb #85f068ec
 Sentence = Sequence[int]

@@ -37,7 +37,7 @@ def pack_texts(
     vocabulary: WordPiece,
     texts: Any,
     max_tokens: int,
-    split: Callable[[str], Sequence[str]] = lambda text: (text,),
+    split: Callable[[str], Any] = lambda text: (text,),
 ) -> list[Packed]:
     """The ids and segments of texts; `split` cuts one into the two of a pair.
 

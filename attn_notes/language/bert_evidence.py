@@ -232,10 +232,10 @@ class FillInVerses:
         self.sampler = BucketBatchSampler(lengths, recipe.batch_size, seed=recipe.seed)
         self.begun = time.process_time()
 
-    def dataset(self, split: str) -> RaggedArray:
+    def dataset(self, split: str) -> Any:
         return encoded_verses(split)
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
+    def batches(self, epoch: int) -> Any:
         return self.sampler.epoch(epoch)
 
     def collate(self, examples: Sequence[np.ndarray]) -> dict[str, Tensor]:
