@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batching import RaggedArray
+from .batching import RaggedArray, Row
 from .subwords import WordPiece
 from attn_notes.data.text_task import (
     BATCH,
@@ -65,7 +65,7 @@ def split_texts(texts: Sequence[str], parts: int | None = None) -> list[list[str
     return found
 
 # %% ../../nbs/data/20_labelled_task.ipynb #02aff7d2
-Encoded = tuple[Sequence[int], Sequence[int], Any]
+Encoded = tuple[Row, Row, Any]
 
 
 class LabelledRows:
