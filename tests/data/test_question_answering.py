@@ -46,7 +46,7 @@ def test_every_answer_comes_back_from_its_tokens():
 
 def test_places_in_the_packed_pair():
     ids, types, (start, end) = own().dataset("train")[1]
-    assert [KNOWN.token_of(i) for i in ids[start : end + 1]] == ["[UNK]"]
+    assert [KNOWN.token_of(int(i)) for i in ids[start : end + 1]] == ["[UNK]"]
     before = len(KNOWN.encode("When?")) + len(KNOWN.encode("The king made it in"))
     assert types[start] == 1 and start == end == before + 2
 
