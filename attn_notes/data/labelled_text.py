@@ -120,9 +120,9 @@ def _marked(split: str) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
     seen = {words for other in taken for words, _ in _marked(other)}
     found: dict[tuple[str, ...], tuple[int, ...]] = {}
     for text in text_classification("kjv-sections", split)[0]:
-        words, labels = map(tuple, without_marks(text))
-        if words not in seen:
-            found.setdefault(words, labels)
+        words, labels = without_marks(text)
+        if (key := tuple(words)) not in seen:
+            found.setdefault(key, tuple(labels))
     return tuple(found.items())
 
 

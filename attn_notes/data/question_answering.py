@@ -242,7 +242,7 @@ class QuestionAnswering(SpanTraining):
         """`loss` per answer, and `exact_match` and `f1`, in percent. Answers that were
         cut off have no loss, and count as wrong unless the words stand there twice."""
 
-        def read(output: Any, batch: Mapping[str, Tensor], numbers: list[int]) -> list:
+        def read(output: Any, batch: Mapping[str, Tensor], numbers: Any) -> list:
             some = [self.examples(split)[i] for i in numbers]
             said = self.read_answers(output, batch, [one.passage for one in some])
             pairs = zip(said, [one.answer for one in some], strict=True)
