@@ -2,15 +2,17 @@
 
 # %% auto #0
 __all__ = ['HF_CLASSES', 'DIRECTIONS', 'LOOKS', 'VERSE_TOKENS', 'Batch', 'FILLERS', 'FILL_IN', 'BASE_PAIR', 'hf_model',
-           'bert_twins', 'verse_vocabulary', 'encoded_verses', 'hidden_words', 'reverse', 'Reader', 'Masked',
-           'LeftToRight', 'Shallow', 'FillInVerses', 'train_directions', 'encoder_flops', 'bert_pair', 'mlm_pair',
-           'bert_reference']
+           'bert_twins', 'repeat_positions', 'finish_pretraining', 'verse_vocabulary', 'encoded_verses', 'hidden_words',
+           'reverse', 'Reader', 'Masked', 'LeftToRight', 'Shallow', 'FillInVerses', 'train_directions', 'encoder_flops',
+           'bert_pair', 'mlm_pair', 'bert_reference']
 
 # %% ../../nbs/language/01_bert_evidence.ipynb #7f36d074
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,18 @@ from ..data.batching import BucketBatchSampler, RaggedArray, pad_ids
 from ..data.masked_language_modeling import documents
 from ..data.masking import mask_tokens
 from ..data.subwords import WordPiece
+from ..data.tasks import create_task, load_task
 from ..data.translation_task import inference
 from ..foundations.checks import require_package
 from ..foundations.masks import lengths_mask
 from ..foundations.packing import PackedTokens
-from .bert import HF_FORMAT, Bert, BertConfig, MaskedTokenHead
+from attn_notes.language.bert import (
+    HF_FORMAT,
+    TINY_PRETRAINING,
+    Bert,
+    BertConfig,
+    MaskedTokenHead,
+)
 from ..training.experiments import experiment
 from ..training.gpu import gpu_reference
 from ..training.loop import train
@@ -74,6 +83,28 @@ def bert_twins(head: str, **sizes: Any) -> tuple[Any, nn.Module]:
         p.add_(0.02 * torch.randn_like(p))
     fit_state(ours, reference.state_dict(), (HF_FORMAT,))
     return reference, ours
+
+# %% ../../nbs/language/01_bert_evidence.ipynb #bert-made-ev-code
+@torch.no_grad()
+def repeat_positions(bert: Bert, known: int) -> None:
+    "Give the positions from `known` on the vectors of those before, again and again."
+    table = bert.embedding.positions.weight
+    times = -(-len(table) // known)
+    table.copy_(table[:known].repeat(times, 1)[: len(table)])
+
+
+def finish_pretraining(name: str, data: str, short: Path, output: Path) -> None:
+    """The second part of the pre-training, on passages as long as the model has
+    positions, from the folder of the first; the model and its task go to `output`."""
+    model: Any = create_model(name, pretrained=short)
+    repeat_positions(model.bert, 32)
+    vocabulary = load_task(short).vocabulary
+    task = create_task("masked_language_modeling", data, vocabulary=vocabulary)
+    task.overrides(model.config)
+    part = {"learning_rate": 1e-3, "warmup_steps": 30, "max_steps": 300}
+    train(model.train(), task, replace(TINY_PRETRAINING, **part), output)
+    model.save_pretrained(output)
+    task.save(output)
 
 # %% ../../nbs/language/01_bert_evidence.ipynb #a3af7820
 DIRECTIONS = [
