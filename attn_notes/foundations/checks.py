@@ -258,10 +258,11 @@ def unknown_name_error(what: str, given: str, allowed: Iterable[str]) -> ConfigE
     "The error for a name that is not among the allowed ones, with the nearest of them."
     allowed = sorted(allowed)
     close = get_close_matches(str(given)[:200], allowed, n=2, cutoff=0.6)
+    more = f" and {len(allowed) - 8} more" if len(allowed) > 8 else ""
     hint = (
         f"did you mean {' or '.join(map(repr, close))}?"
         if close
-        else f"there are: {', '.join(allowed) or 'none'}"
+        else f"there are: {', '.join(allowed[:8]) or 'none'}{more}"
     )
     return ConfigError(f"unknown {what} {_shown(given)}; {hint}")
 
@@ -318,6 +319,7 @@ class Output:
     Fields that are None do not appear among the keys."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    __no_type_check__: ClassVar[bool] = True  # no shapes asked of what is made here
 
     def __init_subclass__(cls) -> None:
         dataclass(cls)

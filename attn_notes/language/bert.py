@@ -562,12 +562,12 @@ def named(
     suffix: str, counts: tuple[int, ...], **about: Any
 ) -> dict[str, dict[str, Any]]:
     "The rows of the registry for one kind of head: a name, its size, its parameters."
-    published = "bert_base", "bert_large"
+    small = {"bert_book_chinese": CHINESE}
     return {
         f"{name}{suffix}": {
             "config": config,
             "parameters": count,
-            "tiny": BOOK if name in published else {},
+            "tiny": small.get(name, BOOK),
             **about,
         }
         for (name, config), count in zip(SIZES.items(), counts, strict=True)

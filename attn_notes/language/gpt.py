@@ -492,6 +492,7 @@ FIRST: dict[str, Any] = {
     "chapter": "language/02_gpt",
     "tiny": BOOK,
     "classifier": ("classifier.*",),
+    "keeps": ("decoder", "masked self-attention"),
 }
 SECOND = {**FIRST, "paper": "Radford et al. 2019", "year": 2019}
 

@@ -47,7 +47,7 @@ def test_it_works_in_torchs_scheduler(schedule):
 
 def test_every_schedule_is_asked():
     names = {name.split("_")[-1] for name in SCHEDULES}
-    assert names == {"constant", "root", "cosine", "decay", "halving"}
+    assert names == {"constant", "root", "cosine", "linear", "decay", "halving"}
     assert all(make.__name__ == name for name, make in SCHEDULES.items())
 
 

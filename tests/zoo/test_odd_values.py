@@ -5,6 +5,7 @@ from Python and from JSON alike."""
 import json
 import math
 from dataclasses import asdict, fields, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def odd_values(config):
     for field in fields(config):
         value = getattr(config, field.name)
         for odd in ODD.get(type(value), []):
-            yield field.name, odd
+            if odd is not None or type(None) not in get_args(field.type):
+                yield field.name, odd
 
 
 @pytest.mark.no_shapes
@@ -92,7 +94,8 @@ def test_numbers_of_other_types_become_pythons(name):
 @pytest.mark.no_shapes
 @pytest.mark.parametrize("field", ["pad_token_id", "bos_token_id", "eos_token_id"])
 def test_special_ids_are_in_the_vocabulary(field):
-    for name in BOOK:
+    own = [n for n in BOOK if hasattr(an.model_info(n).config, field)]
+    for name in own:
         with pytest.raises(an.ConfigError, match=f"{field}: expected .* got 99999999"):
             override(an.model_info(name).config, {field: 99_999_999})
 
