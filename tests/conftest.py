@@ -6,6 +6,7 @@ run. A test marked `no_shapes` sees the functions as a user does, unchecked: bad
 must then meet the package's own errors.
 """
 
+import inspect
 import json
 import os
 
@@ -25,6 +26,8 @@ install_import_hook(
     "attn_notes", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )  # an int is a float
 
+from attn_notes.foundations.checks import Output  # noqa: E402
+
 settings.register_profile(
     "book", max_examples=20, deadline=None, derandomize=True, database=None
 )
@@ -32,11 +35,13 @@ settings.load_profile("book")
 
 
 @pytest.fixture(autouse=True)
-def shapes(request):
+def shapes(request, monkeypatch):
     """Turn the checking of shapes off for tests marked no_shapes."""
-    jaxtyping.config.update(
-        "jaxtyping_disable", request.node.get_closest_marker("no_shapes") is not None
-    )
+    off = request.node.get_closest_marker("no_shapes") is not None
+    jaxtyping.config.update("jaxtyping_disable", off)
+    if off:  # torch.compile can not look through the checked making of an output
+        for cls in Output.__subclasses__():
+            monkeypatch.setattr(cls, "__init__", inspect.unwrap(cls.__init__))
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 

@@ -20,10 +20,13 @@ from .batching import BucketBatchSampler, pad_ids
 from .subwords import ByteBPE
 from .tasks import read_task, register_task, write_task
 from .text_stream import MAX_TOKENS, StreamRows, TextStream
-from .text_task import read_config
+from attn_notes.data.text_task import (
+    check_vocabulary,
+    foreign_vocabulary,
+    read_config,
+)
 from .translation_task import check_texts, inference
 from attn_notes.foundations.checks import (
-    CheckpointError,
     ConfigError,
     InputError,
     check_value,
@@ -163,13 +166,7 @@ class LanguageModel(LanguageModelingData):
 
     def check_model(self, model: nn.Module) -> None:
         """Raises `ConfigError` for a model of another number of tokens."""
-        size = len(self.vocabulary)
-        own = getattr(getattr(model, "config", None), "vocab_size", size)
-        if own != size:
-            raise ConfigError(
-                f"vocab_size: expected {size}, as the vocabulary has it; got {own} in "
-                "the model's configuration"
-            )
+        check_vocabulary(model, self.vocabulary)
 
     def evaluate(
         self,
@@ -278,14 +275,9 @@ class CausalLanguageModeling(LanguageModel):
         """The task of a GPT-2 folder of transformers: its vocabulary, and the length of
         its rows, the `n_positions` of config.json. Raises `CheckpointError` for other
         files, and for a vocabulary of another size than the configuration has."""
-        vocabulary, config = ByteBPE.load(folder), read_config(folder)
-        size = config.get("vocab_size")
-        if size != len(vocabulary):
-            raise CheckpointError(
-                f"{folder}: expected a vocabulary of {size} tokens, "
-                f"as config.json says; got {len(vocabulary)}"
-            )
-        return cls(vocabulary, max_tokens=config.get("n_positions", MAX_TOKENS))
+        vocabulary = foreign_vocabulary(folder, ByteBPE)
+        positions = read_config(folder).get("n_positions", MAX_TOKENS)
+        return cls(vocabulary, max_tokens=positions)
 
     def __repr__(self) -> str:
         name, known = (self.data or {}).get("name", "own texts"), self._vocabulary

@@ -22,7 +22,7 @@ from .batching import RaggedArray
 from .masking import mask_tokens, sentence_pairs
 from .subwords import WordPiece
 from .tasks import register_task
-from .text import kjv_chapters, text_classification
+from .text import kjv_documents, text_classification
 from attn_notes.data.text_task import (
     BATCH,
     MAX_TOKENS,
@@ -66,12 +66,7 @@ def documents(name: str, split: str = "train") -> list[list[str]]:
     check_choice(SPLITS, split=split)
     if name == "chinese-reviews":
         return [cut_sentences(text) for text in text_classification(name, split)[0]]
-    chapters = kjv_chapters()
-    others = {v.text for part, verses in chapters for v in verses if part != split}
-    held_out = others if split == "train" else set()
-    own = [[v.text for v in verses] for part, verses in chapters if part == split]
-    kept = ([text for text in verses if text not in held_out] for verses in own)
-    return [verses for verses in kept if verses]
+    return kjv_documents(split)
 
 # %% ../../nbs/data/11_masked_language_modeling.ipynb #d9233d85
 DUPLICATES = 10  # times that pairs are drawn from the training documents

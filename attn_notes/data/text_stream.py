@@ -15,7 +15,7 @@ import numpy as np
 
 from .files import read_lines
 from .subwords import ByteBPE
-from .text import kjv_chapters
+from .text import kjv_documents
 from .translation import SPLITS
 from attn_notes.foundations.checks import (
     ConfigError,
@@ -27,16 +27,6 @@ from ..foundations.values import Size
 from ..zoo.files import to_path
 
 # %% ../../nbs/data/18_text_stream.ipynb #5c6a1dcf
-def _kjv_documents(split: str) -> list[str]:
-    """The chapters of a split, without the verses of training that are held out."""
-    found: dict[str, list[list[str]]] = {name: [] for name in SPLITS}
-    for name, verses in kjv_chapters():
-        found[name].append([verse.text for verse in verses])
-    held_out = {v for name in SPLITS[1:] for chapter in found[name] for v in chapter}
-    found["train"] = [[v for v in c if v not in held_out] for c in found["train"]]
-    return ["\n".join(chapter) for chapter in found[split] if chapter]
-
-
 def _file_document(split: str, path: Path) -> str:
     """The text of a split in a folder, or in one file."""
     folder = path.is_dir()
@@ -65,7 +55,7 @@ def read_documents(
     check_choice(("kjv", "text"), data_name=name)
     check_choice(SPLITS, split=split)
     if name == "kjv":
-        return _kjv_documents(split)
+        return ["\n".join(texts) for texts in kjv_documents(split)]
     if data_dir is None:
         raise ConfigError("data_dir: expected the file or folder of the text; got none")
     return [_file_document(split, to_path(data_dir))]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .batching import BucketBatchSampler, Row, pad_ids
-from .subwords import WordPiece
+from .subwords import Subwords, WordPiece
 from .tasks import read_task, write_task
 from .translation_task import check_texts, inference, length_batches
 from attn_notes.foundations.checks import (
@@ -103,11 +103,13 @@ def answers(
     return [found[i] for i in range(len(rows))]
 
 # %% ../../nbs/data/16_text_task.ipynb #9ad9b25f
-def check_vocabulary(model: nn.Module, vocabulary: WordPiece) -> None:
+def check_vocabulary(model: nn.Module, vocabulary: Subwords) -> None:
     """Raises `ConfigError` for a model with another number of tokens than the
-    vocabulary has, or with another id for padding."""
+    vocabulary has, or with another id for padding, where that has one."""
     config = getattr(model, "config", None)
-    own = {"vocab_size": len(vocabulary), "pad_token_id": vocabulary.pad_token_id}
+    own = {"vocab_size": len(vocabulary)}
+    if isinstance(vocabulary, WordPiece):
+        own["pad_token_id"] = vocabulary.pad_token_id
     for name, value in own.items():
         if getattr(config, name, value) != value:
             raise ConfigError(
@@ -127,13 +129,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ) from None
 
 
-def foreign_vocabulary(folder: str | Path) -> WordPiece:
-    """The vocabulary of a Hugging Face folder of a BERT: vocab.txt or tokenizer.json.
+def foreign_vocabulary(folder: str | Path, kind: Any = WordPiece) -> Any:
+    """The vocabulary of a Hugging Face folder, of a `kind` of `Subwords`: that of a
+    BERT, or `ByteBPE`.
 
     Raises `CheckpointError` when neither can be read, or when the configuration beside
     it is of another number of tokens.
     """
-    vocabulary = WordPiece.load(folder)
+    vocabulary = kind.load(folder)
     size = read_config(folder).get("vocab_size")
     if size != len(vocabulary):
         raise CheckpointError(

@@ -319,7 +319,6 @@ class Output:
     Fields that are None do not appear among the keys."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    __no_type_check__: ClassVar[bool] = True  # no shapes asked of what is made here
 
     def __init_subclass__(cls) -> None:
         dataclass(cls)

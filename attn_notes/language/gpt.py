@@ -298,7 +298,7 @@ class GPTForSequence(GPTModel):
         if attention_mask is not None:
             n = torch.arange(x.shape[1], device=x.device)
             at = n.where(attention_mask, 0).amax(1)
-            last = x[torch.arange(len(x), device=x.device), at]
+            last = x[torch.arange(x.shape[0], device=x.device), at]
         logits = self.classifier(self.dropout(last))
         if not self.training:
             return logits
