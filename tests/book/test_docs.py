@@ -74,3 +74,9 @@ def test_every_text_that_a_cell_puts_out_is_on_its_page(notebook):
     plain = re.sub(r"<[^>]*>", "", page.read_text(encoding="utf-8"))
     plain = "".join(unescape(plain).split())
     assert [text for text in shown_outputs(notebook) if text not in plain] == []
+
+
+def test_every_page_with_maths_brings_what_sets_it():
+    pages = [p.read_text("utf-8") for p in (ROOT / "docs").rglob("*.html")]
+    with_maths = [page for page in pages if 'class="math ' in page]
+    assert with_maths and all("tex-svg.js" in page for page in with_maths)

@@ -169,6 +169,13 @@ def number_equations(app, doctree):
         equations[node["label"]] = (app.env.current_document.docname, number)
 
 
+def announce_math(app, pagename, templatename, context, doctree):
+    """Sphinx brings MathJax to pages with equations; those of a statement's label,
+    which are raw HTML, are equations too."""
+    if 'class="math ' in context.get("body", ""):
+        context["has_maths_elements"] = True
+
+
 def number_figures(app, env):
     """Figures likewise."""
     for numbers in env.toc_fignumbers.values():
@@ -203,6 +210,7 @@ def setup(app):
     app.connect("doctree-read", number_equations)
     app.connect("env-check-consistency", number_figures)
     app.connect("build-finished", write_colours, priority=900)
+    app.connect("html-page-context", announce_math, priority=100)
     app.connect("html-page-context", on_page, priority=900)
     app.add_search_language(BookEnglish)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
