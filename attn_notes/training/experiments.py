@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import FunctionType
@@ -272,8 +272,9 @@ def _one_thread() -> Generator[None, None, None]:
         torch.set_num_threads(threads)
 
 
-def _once(function: Callable[..., dict], config: dict, seed: int) -> dict:
-    """One run as a row; `losses` where it trains by `train`."""
+def _once(function: Callable[..., dict], config: dict, seed: int, digest: str) -> dict:
+    """One run as a row, of a function with this hash; `losses` where it trains by
+    `train`."""
     begun = time.process_time()
     with _one_thread(), recording_losses(STEPS) as losses:
         metrics = function(seed=seed, **config)
@@ -284,9 +285,25 @@ def _once(function: Callable[..., dict], config: dict, seed: int) -> dict:
         "losses": [round(loss, 6) for loss in losses],
         "seconds": round(time.process_time() - begun, 2),
         "versions": versions(),
-        "hash": function_hash(function),
+        "hash": digest,
     }
     return row if losses else {k: v for k, v in row.items() if k != "losses"}
+
+
+_hash_here = cache(function_hash)  # of what this process imported, not of the file now
+
+
+def _elsewhere(
+    function: Callable[..., dict], config: dict, seed: int, digest: str
+) -> dict:
+    """`_once` in a process of its own. Raises `InputError` where that has imported
+    another function than the one with this hash."""
+    if (found := _hash_here(function)) != digest:
+        raise InputError(
+            f"{function.__qualname__}: expected the function that the run began with "
+            f"({digest}); got another ({found}), its file has changed: run it again"
+        )
+    return _once(function, config, seed, digest)
 
 # %% ../../nbs/training/07_experiments.ipynb #08fe3196
 @dataclasses.dataclass(frozen=True)
@@ -342,15 +359,22 @@ def _said(row: dict) -> str:
 
 
 def run(
-    chapter: str, experiment: str, declared: Experiment, workers: int = 1, again=False
+    chapter: str,
+    experiment: str,
+    declared: Experiment,
+    workers: int = 1,
+    again: bool = False,
+    digest: str | None = None,
 ) -> list[dict]:
     """Run what is missing of an experiment, `workers` processes at a time, and store
-    each row as it comes, in the order of settings and seeds. All rows.
+    each row as it comes, in the order of settings and seeds. All rows. Their hash is
+    `digest`, by default that of the function when the run begins.
 
     Raises `InputError` for stored rows of another function, unless they are to be run
-    `again`.
+    `again`, and where a process of the run has imported another.
     """
-    digest, command = function_hash(declared.function), f"rehash {chapter}"
+    digest = digest or function_hash(declared.function)
+    command, once = f"rehash {chapter}", _elsewhere if workers > 1 else _once
     stored = {_place(row): row for row in _read(chapter, experiment)}
     known, wanted = len(stored), [_place(job) for job in declared.jobs()]
     stored = {place: stored[place] for place in wanted if place in stored}
@@ -368,9 +392,8 @@ def run(
     begun = time.perf_counter()
     with _pool(workers) as pool:
         configs, seeds = [job[0] for job in jobs], [job[1] for job in jobs]
-        for i, row in enumerate(
-            pool.map(_once, [declared.function] * len(jobs), configs, seeds), start=1
-        ):
+        given = [declared.function] * len(jobs), configs, seeds, [digest] * len(jobs)
+        for i, row in enumerate(pool.map(once, *given), start=1):
             stored[_place(row)] = done[_place(row)] = row
             rows = [stored[place] for place in wanted if place in stored]
             _write(chapter, experiment, rows)
@@ -503,14 +526,14 @@ def replay(
     return stored, now
 
 
-def rehash(chapter: str, experiment: str) -> int:
-    """Give the stored rows the hash of the function as it is now, after a replay of
-    one seed of every setting. How many rows had another.
+def rehash(chapter: str, experiment: str, digest: str | None = None) -> int:
+    """Give the stored rows the hash of the function as it is now (or `digest`), after a
+    replay of one seed of every setting. How many rows had another.
 
     Raises `InputError` when a replay does not agree; nothing is then changed.
     """
     declared, rows = EXPERIMENTS[chapter, experiment], _read(chapter, experiment)
-    digest, replayed = function_hash(declared.function), set()
+    digest, replayed = digest or function_hash(declared.function), set()
     jobs = {_place(job) for job in declared.jobs()}
     stale = [r for r in rows if r.get("hash") != digest and _place(r) in jobs]
     for row in stale:
@@ -633,12 +656,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = sorted("/".join(key) for key in EXPERIMENTS)
         parser.error(f"no experiment there; there are {names}")
     refused = []
+    digests = {key: function_hash(e.function) for key, e in chosen.items()}  # at once
     for (chapter, name), e in chosen.items():
+        digest = digests[chapter, name]
         try:
             if command == "run":
-                run(chapter, name, e, options.workers, options.again)
+                run(chapter, name, e, options.workers, options.again, digest)
             else:
-                print(f"{chapter}/{name}: {rehash(chapter, name)} rows rehashed")
+                count = rehash(chapter, name, digest)
+                print(f"{chapter}/{name}: {count} rows rehashed")
         except InputError as error:
             refused.append(f"{error}\n")
     if refused:

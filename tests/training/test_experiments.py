@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -130,6 +131,43 @@ def test_only_what_is_missing_is_run(folder):
     assert len(path_of(folder).read_text().splitlines()) == 1
     run("chapter", "noise", declare(function, SETTINGS[1:], [1]), again=True)
     assert calls[6:] == [(2.0, 1)]
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module with an experiment that writes another one over its own file."""
+    path = tmp_path / "written_over.py"
+    path.write_text(
+        "from pathlib import Path\n\n"
+        "def draw(seed, factor=2):\n"
+        "    path = Path(__file__)\n"
+        "    path.write_text(path.read_text().replace('factor=2', 'factor = 3'))\n"
+        "    return {'score': factor * seed}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("written_over")
+    sys.modules.pop("written_over")
+
+
+def test_a_file_that_changes_during_the_run_changes_no_hash(
+    folder, own_module, monkeypatch
+):
+    monkeypatch.setattr(experiments, "import_chapters", lambda chapters=(): None)
+    digest = function_hash(own_module.draw)
+    for name in ("a", "b"):
+        experiment("chapter", name, [{}], [1, 2])(own_module.draw)
+    main(["chapter", "--workers", "1"])
+    rows = [json.loads(line) for name in "ab" for line in open(path_of(folder, name))]
+    assert {row["hash"] for row in rows} == {digest} != {function_hash(own_module.draw)}
+    assert [row["metrics"]["score"] for row in rows] == [2, 4, 2, 4]
+
+
+def test_a_process_with_the_changed_file_refuses(own_module):
+    digest = function_hash(own_module.draw)
+    own_module.draw(1)
+    experiments._hash_here.cache_clear()  # as if it were imported only now
+    with pytest.raises(InputError, match="draw: expected the function .* its file has"):
+        experiments._elsewhere(own_module.draw, {}, 1, digest)
 
 
 def test_a_failing_run_leaves_what_is_done_and_goes_on_there(folder):
