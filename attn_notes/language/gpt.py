@@ -317,6 +317,7 @@ GPT_NAMES = (
     (r"\.attn\.c_proj\.", ".attention.out_proj."),
     (r"\.mlp\.c_fc\.", ".feed_forward.linear1."),
     (r"\.mlp\.c_proj\.", ".feed_forward.linear2."),
+    (r"^classifier\.", "token_classifier."),
     (r"^score\.", "classifier."),
 )
 
@@ -410,7 +411,7 @@ HF_FORMAT = CheckpointFormat(
     convert=hf_to_ours,
     config=hf_config,
     ignore=("*.attn.bias", "*.attn.masked_bias", "*position_ids"),
-    optional=("classifier.*", "multiple_choice_head.*"),
+    optional=("classifier.*", "token_classifier.*", "multiple_choice_head.*"),
     absent=("classifier.*",),
 )
 TF_FORMAT = CheckpointFormat(

@@ -105,17 +105,22 @@ def _converts(dtype: torch.dtype, own: torch.dtype) -> bool:
 
 # %% ../../nbs/zoo/04_checkpoints.ipynb #d5e61d33
 def _tolerated(
-    own: StateDict, state: StateDict, fmt: CheckpointFormat, classifier: tuple[str, ...]
+    own: StateDict,
+    state: StateDict,
+    fmt: CheckpointFormat,
+    classifier: tuple[str, ...],
+    other_task: bool = False,
 ) -> dict[str, list[str]]:
     """The keys that differ though nothing is wrong, by what happens to them."""
+    heads = {k: v for k, v in own.items() if k in state and matches(k, classifier)}
     return {
+        "re-initialized, of another task": [*heads] if other_task else [],
         "re-initialized, of another size": [
             k
-            for k, v in own.items()
-            if k in state
-            and state[k].shape != v.shape
+            for k, v in heads.items()
+            if state[k].shape != v.shape
             and state[k].shape[1:] == v.shape[1:]
-            and matches(k, classifier)
+            and not other_task
         ],
         "skipped, not in this model": [
             k
@@ -174,15 +179,17 @@ def fit_state(
     formats: Iterable[CheckpointFormat] = (),
     source: str = "checkpoint",
     classifier: tuple[str, ...] | None = None,
+    other_task: bool = False,
 ) -> tuple[str, ...]:
     """Copy named tensors into a model, whichever of the `formats` they come in (the
     book's own always counts). `classifier` are shell patterns of the keys that depend
-    on the number of classes, by default the class attribute of that name.
+    on the number of classes, by default the class attribute of that name; in a file of
+    `other_task` they mean something else.
 
-    A classifier of another number of classes keeps its fresh values, and so do keys
-    that the format never holds; parts that the model has not are skipped: all with a
-    `CheckpointWarning` that lists them. Returns the keys of the model that were not
-    filled. Raises `CheckpointError` that lists any other missing, unexpected or
+    A classifier of another number of classes, or for another task, keeps its fresh
+    values, and so do keys that the format never holds; parts that the model has not are
+    skipped: all with a `CheckpointWarning` that lists them. Returns the keys of the
+    model that were not filled. Raises `CheckpointError` that lists any other missing, unexpected or
     misshapen key, and tensors that are no plain numbers of the kind that the model has;
     then the model is left as it was."""
     no_memory = any(v.is_meta for v in model.state_dict().values())
@@ -194,7 +201,7 @@ def fit_state(
     own = model.state_dict()
     if classifier is None:
         classifier = getattr(type(model), "classifier", ())
-    told = _tolerated(own, state, fmt, classifier)
+    told = _tolerated(own, state, fmt, classifier, other_task)
     left = {key for keys in told.values() for key in keys}
     wrong = {kind: keys for kind, keys in _wrong(own, state, left).items() if keys}
     if wrong:
@@ -349,7 +356,10 @@ def load_pretrained(
     fmt = find_format(state, info.formats)
     config = stored_config(info, folder, fmt) if folder else info.config
     model: Any = build(override(config, overrides or {}))
+    stored = read_config(folder) if folder else {}
+    task = fmt.head(set(state), stored) if fmt.head else None
+    other, source = task not in (None, info.task), str(pretrained)
     model.not_loaded = fit_state(
-        model, state, info.formats, str(pretrained), info.classifier
+        model, state, info.formats, source, info.classifier, other
     )
     return model.eval()

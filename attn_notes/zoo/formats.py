@@ -51,7 +51,9 @@ def _named(state: Any) -> StateDict:
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """How one source stores the weights of a model, and its configuration."""
+    """How one source stores the weights of a model, and its configuration. `head` says
+    from the keys, and from config.json ({} of a single file), which kind of task the
+    classifier is for; None where they do not say."""
 
     name: str
     recognize: Callable[[set[str]], bool]  # from all keys of the file
@@ -60,6 +62,7 @@ class CheckpointFormat:
     ignore: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    head: Callable[[set[str], Mapping[str, Any]], str | None] | None = None
 
     def apply(self, state: Mapping[str, Tensor], model: nn.Module) -> StateDict:
         """The state dict in this book's names.

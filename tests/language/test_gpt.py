@@ -490,6 +490,16 @@ def test_an_output_matrix_of_its_own_is_refused():
         fit_state(model, state, (HF_FORMAT,))
 
 
+def test_the_classifier_of_tokens_is_not_that_of_texts(tmp_path):
+    sizes = {"vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 6}
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(**sizes, bos_token_id=8, eos_token_id=8)
+    transformers.GPT2ForTokenClassification(config).save_pretrained(tmp_path)
+    said = r"skipped, not in this model: token_classifier.*left as they were: class"
+    with pytest.warns(CheckpointWarning, match=said):
+        create_model("gpt_book_sequence", pretrained=tmp_path)
+
+
 def tf_names(reference):
     """The weights as OpenAI's GPT-2 has them: names of TensorFlow, (1, in, out)."""
     found = {}
