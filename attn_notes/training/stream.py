@@ -23,7 +23,7 @@ from ..foundations.checks import CheckpointError, InputError
 from .given import check_numbers, checked_counts, sequence
 from .processes import Processes
 from .recipes import Recipe
-from .tasks import TrainingTask, check_batch
+from .tasks import TrainingTask, check_batch, class_count
 
 # %% ../../nbs/training/10_stream.ipynb #cf53a643
 @contextmanager
@@ -146,7 +146,8 @@ class BatchStream:
             worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # the loader draws nothing from the run's
         )
+        classes = class_count(self.task)
         for share in loader:
-            check_batch(share.batch, self.config)
+            check_batch(share.batch, self.config, classes)
             self.epoch, self.position = share.place[0], share.place[1] + 1
             yield share

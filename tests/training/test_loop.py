@@ -22,7 +22,7 @@ from attn_notes.training.checkpoints import (
 from attn_notes.training.history import recording_losses, stopping_after
 from attn_notes.training.loop import train
 from attn_notes.training.recipes import Recipe
-from attn_notes.training.tasks import check_batch
+from attn_notes.training.tasks import check_batch, check_split
 
 SHORT = replace(RECIPE, max_steps=6)
 
@@ -601,6 +601,25 @@ def test_ids_are_checked_against_the_vocabulary_that_they_belong_to():
     with pytest.raises(InputError, match="token_type_ids: expected ids from 0 to 1"):
         check_batch({"token_type_ids": torch.tensor([[2]])}, Two())
     check_batch({"labels": torch.tensor([9])}, One())  # classes that nobody counted
+
+
+@pytest.mark.no_shapes
+def test_labels_of_tokens_are_classes_where_the_task_has_some():
+    class Config:
+        vocab_size, num_classes = 5, 9
+
+    class Tagging(Toy):
+        classes = tuple("abc")
+
+    for found in (2, 8):  # a class, not a token; as many as the task or the model has
+        check_batch({"labels": torch.tensor([[found, -100]])}, Config())
+    check_batch({"labels": torch.tensor([[8, -100]])}, Config(), 9)
+    with pytest.raises(InputError, match="labels: expected ids from 0 to 2; got 4"):
+        check_batch({"labels": torch.tensor([[4, -100]])}, Config(), 3)
+    said = "labels: expected ids from 0 to 2"
+    with pytest.raises(InputError, match=f"valid, examples .*: {said}"):
+        check_split(Tagging(), "valid")
+    refused(InputError, said, task=Tagging())
 
 
 @pytest.mark.no_shapes
