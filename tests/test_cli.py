@@ -529,6 +529,19 @@ def test_a_bad_line_costs_that_line(reverse, monkeypatch, capsys):
     assert len(reverse.calls) < len(asked)  # the good ones still go together
 
 
+def test_no_control_character_reaches_the_terminal(reverse, capsys, tmp_path):
+    reverse.predict = lambda model, inputs: [text[::-1] for text in inputs]
+    odd = "a\x1b[2Jb\rc\x85d\u2028e\u202ef\ud800g\nh"
+    assert run("predict", "any", odd) == 0
+    escapes = r"h g\ud800f\u202ee\u2028d\x85c\rbJ2[\x1ba"
+    assert capsys.readouterr().out == f"{escapes}\n"
+    assert run("predict", "any", "--output", tmp_path / "answers", odd) == 0
+    assert (tmp_path / "answers").read_text("utf-8") == f"{escapes}\n"
+    kept = "caf\u00e9\u00a0!\t\u4e2d\U0001f468\u200d\U0001f469 \u0627"
+    assert run("predict", "any", kept[::-1]) == 0
+    assert capsys.readouterr().out == f"{kept}\n"
+
+
 def test_inputs_that_are_all_bad(reverse, capsys):
     assert run("predict", "any", "1", "2") == 2
     said = capsys.readouterr()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .streams import say
+from .streams import printable, say
 
 # %% ../../nbs/commands/05_answers.ipynb #4df59092
 def _standard_input() -> Iterator[Any]:
@@ -72,11 +72,11 @@ def answer_all(predict: Callable[[list], list], inputs: list[tuple[str, Any]]) -
 
 # %% ../../nbs/commands/05_answers.ipynb #b2a86161
 def one_line(answer: Any) -> str:
-    """An answer as one line; an empty one for what was refused."""
+    """An answer as one `printable` line; an empty one for what was refused."""
     if isinstance(answer, Exception):
         return ""
     text = answer if isinstance(answer, str) else json.dumps(answer, default=str)
-    return " ".join(text.split("\n"))
+    return printable(text)
 
 
 def output_file(path: str) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .arguments import word
+from .streams import printable
 
 # %% ../../nbs/commands/03_models.ipynb #76f0ab90
 def list_command(arguments: argparse.Namespace) -> int:
@@ -65,7 +66,7 @@ def check_command(arguments: argparse.Namespace) -> int:
             raise
         except Exception as error:
             failed, line = failed + 1, f"FAILED  {name}  {str(error).split(chr(10))[0]}"
-        write(line)
+        write(printable(line))
     return 1 if failed else 0
 
 

@@ -52,13 +52,15 @@ def find_task(arguments: argparse.Namespace) -> tuple[Any, Path]:
 
 def load_model(name: str, folder: Path) -> Any:
     """The model of a folder. Raises `CheckpointError` for weights that leave a part of
-    it untrained."""
+    it untrained; parts that it has not, as the other head of a BERT that was trained
+    with two, are left aside without a word."""
     from attn_notes.foundations.checks import CheckpointError, CheckpointWarning
     from attn_notes.zoo.factory import create_model
 
     untrained = ".*(re-initialized|left as they were)"
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CheckpointWarning)
             warnings.filterwarnings("error", untrained, CheckpointWarning)
             return create_model(name, pretrained=folder)
     except CheckpointWarning as warning:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from .arguments import at_least_one, pretrained_folder, seed, word
+from .streams import printable
 
 # %% ../../nbs/commands/04_train.ipynb #24d4d492
 def _recipe(arguments: argparse.Namespace) -> Any:
@@ -166,10 +167,8 @@ def train_command(arguments: argparse.Namespace) -> int:
             task.save(part)
             model.save_pretrained(part, repo_id=output.name)
         print("  ".join(f"{key} {value:.4g}" for key, value in history[-1].items()))
-        print(
-            f"saved in {output}; try: "
-            f"attn-notes predict {arguments.name} --pretrained {output} ..."
-        )
+        then = f"attn-notes predict {arguments.name} --pretrained {output} ..."
+        print(printable(f"saved in {output}; try: {then}"))
     return 0
 
 # %% ../../nbs/commands/04_train.ipynb #7394a99d

@@ -61,6 +61,12 @@ def test_a_bert_fills_in(predict, ask, name):
     assert "[MASK]" not in "".join(found) and "dog" in found[1]
 
 
+def test_a_head_that_the_model_has_not_is_left_aside_quietly(folders, ask):
+    folder = folders / "bert_base_pretraining"
+    given = "bert_base_masked_lm", "--pretrained", folder, "a [MASK]"
+    assert len(ask("predict", *given)) == 1
+
+
 def test_a_bert_names_tags_and_answers(predict, ask):
     found = ask(*predict("bert_base_sequence", "a cat", "a cat ||| a dog"))
     assert len(found) == 2 and {*found} <= {*NAMES.values()}
@@ -122,7 +128,7 @@ def test_a_bad_text_costs_its_own_answer(predict, run, capsys, name, text, said)
 )
 def test_control_characters_are_no_text_of_a_bert(predict, ask, text):
     (line,) = ask(*predict("bert_base_masked_lm", text))
-    assert line
+    assert line and not {*line} & {*"\x00\x07\x1b\r"}
 
 
 def spoiled(folders, name, tmp_path):
