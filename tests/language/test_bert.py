@@ -338,6 +338,29 @@ def test_the_encoder_of_another_head(heads, said, book, tmp_path):
     assert all("encoder" not in key for key in model.not_loaded)
 
 
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "file"])
+@pytest.mark.parametrize("book", [True, False], ids=["ours", "transformers"])
+@pytest.mark.parametrize(
+    "head, other", [("_token", "_sequence"), ("_sequence", "_token")]
+)
+def test_the_classifier_of_another_head(head, other, book, single, tmp_path):
+    theirs = small(other).float() if book else reference(other)
+    theirs.save_pretrained(tmp_path)
+    given = tmp_path / "model.safetensors" if single else tmp_path
+    sizes = SIZES if single else {}
+    if single and not book and other == "_sequence":  # old taggers have a pooler too
+        with pytest.warns(an.CheckpointWarning, match="skipped.*bert.pooler.weight"):
+            create_model("bert_base_token", given, **sizes)
+        return
+    said = "re-initialized, of another task: classifier.weight, classifier.bias"
+    with pytest.warns(an.CheckpointWarning, match=said):
+        model = create_model(f"bert_base{head}", given, **sizes)
+    assert {"classifier.weight", "classifier.bias"} <= {*model.not_loaded}
+    assert not torch.equal(model.classifier.weight, theirs.classifier.weight)
+    with warnings.catch_warnings(action="error"):
+        create_model(f"bert_base{other}", given, **sizes)
+
+
 def test_another_number_of_classes(tmp_path):
     reference("_sequence", num_labels=4).save_pretrained(tmp_path)
     assert create_model("bert_base_sequence", tmp_path).config.num_classes == 4
