@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .batching import BucketBatchSampler, pad_ids
+from .files import check_texts
 from .subwords import ByteBPE
 from .tasks import read_task, register_task, write_task
 from .text_stream import MAX_TOKENS, StreamRows, TextStream
@@ -25,7 +26,7 @@ from attn_notes.data.text_task import (
     foreign_vocabulary,
     read_config,
 )
-from .translation_task import check_texts, inference
+from .translation_task import inference
 from attn_notes.foundations.checks import (
     ConfigError,
     InputError,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .batching import RaggedArray
+from .files import check_texts
 from .masking import mask_tokens, sentence_pairs
 from .subwords import WordPiece
 from .tasks import register_task
@@ -33,7 +34,7 @@ from attn_notes.data.text_task import (
     on_device,
 )
 from .translation import SPLITS
-from .translation_task import check_texts, inference, length_batches
+from .translation_task import inference, length_batches
 from attn_notes.foundations.checks import (
     ConfigError,
     InputError,

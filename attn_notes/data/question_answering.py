@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .files import check_texts
 from attn_notes.data.labelled_task import (
     INPUTS,
     Encoded,
@@ -31,7 +32,6 @@ from .labelled_text import Question, film_questions
 from .subwords import WordPiece
 from .tasks import register_task
 from .text_task import answers, foreign_vocabulary
-from .translation_task import check_texts
 from ..foundations.checks import ConfigError, InputError
 from ..training.losses import token_cross_entropy
 

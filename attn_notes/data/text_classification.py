@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .files import check_texts
 from attn_notes.data.labelled_task import (
     ClassTraining,
     Encoded,
@@ -20,7 +21,6 @@ from attn_notes.data.labelled_task import (
 from .labelled_text import CLASSIFIED, classified_texts
 from .tasks import register_task
 from .text_task import answers
-from .translation_task import check_texts
 from ..foundations.checks import InputError
 
 # %% ../../nbs/data/13_text_classification.ipynb #06613c70

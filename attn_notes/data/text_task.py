@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .batching import BucketBatchSampler, Row, pad_ids
+from .files import check_texts
 from .subwords import Subwords, WordPiece
 from .tasks import read_task, write_task
-from .translation_task import check_texts, inference, length_batches
+from .translation_task import inference, length_batches
 from attn_notes.foundations.checks import (
     CheckpointError,
     ConfigError,

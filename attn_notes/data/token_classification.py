@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .files import check_texts
 from .labelled_task import ClassTraining, Encoded, class_logits
 from attn_notes.data.labelled_text import (
     MARKS,
@@ -25,7 +26,6 @@ from attn_notes.data.labelled_text import (
 from .subwords import WordPiece
 from .tasks import register_task
 from .text_task import answers
-from .translation_task import check_texts
 from ..foundations.checks import InputError
 
 # %% ../../nbs/data/14_token_classification.ipynb #2acd3569

@@ -4,7 +4,7 @@
 __all__ = ['JOINED_COUNTS', 'PAPER_VOCABULARIES', 'PAPER_SUBWORDS', 'MAX_TEXT', 'read_pairs', 'checked_pairs', 'PairSplits',
            'build_vocabularies', 'EncodedPairs', 'check_vocabularies', 'within_length', 'EncodedSplits', 'FittedSplits',
            'inference', 'pair_loss', 'length_batches', 'token_loss', 'bleu_metric', 'translation_scores', 'translate',
-           'check_texts', 'check_sizes', 'encode_texts', 'Translator', 'StoredTranslator', 'TranslationTask']
+           'check_sizes', 'encode_texts', 'Translator', 'StoredTranslator', 'TranslationTask']
 
 # %% ../../nbs/data/06_translation_task.ipynb #d49c9633
 import re
@@ -34,6 +34,7 @@ from attn_notes.data.batching import (
     collate_pairs,
     pad_ids,
 )
+from .files import check_texts, places
 from .marian import marian_vocabularies
 from .phrases import TranslationPair
 from .tasks import read_task, register_task, write_task
@@ -475,35 +476,6 @@ def translate(
 MAX_TEXT = 4096  # tokens of a text, for a model without a number of positions
 
 
-def _places(texts: list) -> list[str]:
-    """What to call each of some texts in a message."""
-    return (
-        ["inputs"] if len(texts) == 1 else [f"inputs[{i}]" for i in range(len(texts))]
-    )
-
-
-def check_texts(texts: Any) -> list[str]:
-    """The texts of an iterable as a list. Raises `InputError`, with the place, for one
-    that is no text, or has no token."""
-    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-        raise InputError(
-            f"inputs: expected texts in a list or another iterable; got {texts!r:.60}"
-        )
-    texts = list(texts)
-    for where, text in zip(_places(texts), texts, strict=True):
-        if not isinstance(text, str):
-            raise InputError(f"{where}: expected a text; got {text!r:.60}")
-        if not text.strip():
-            raise InputError(
-                f"{where}: expected a text of a token or more; got {text!r:.60}"
-            )
-        if half := re.search("[\ud800-\udfff]", text):
-            raise InputError(
-                f"{where}: expected Unicode text; got the surrogate {half[0]!r}"
-            )
-    return texts
-
-
 def check_sizes(model: nn.Module, vocabularies: Sequence[Vocabulary]) -> None:
     """Raises `ConfigError` for vocabularies of other sizes, or with other special ids,
     than the model's."""
@@ -525,13 +497,13 @@ def encode_texts(
 
     Raises `InputError` for one of more than `max_tokens` tokens.
     """
-    rows, places = [vocabulary.encode(text) for text in texts], _places(texts)
-    for where, row in zip(places, rows, strict=True):
+    rows, where_of = [vocabulary.encode(text) for text in texts], places(texts)
+    for where, row in zip(where_of, rows, strict=True):
         if len(row) > max_tokens:
             raise InputError(
                 f"{where}: expected at most {max_tokens} tokens; got {len(row)}"
             )
-    for where, text in zip(places, texts, strict=True):
+    for where, text in zip(where_of, texts, strict=True):
         if lacking := list(dict.fromkeys(vocabulary.oov_tokens(text)))[:10]:
             names = ", ".join(name if len(name) < 40 else name[:40] for name in lacking)
             said = f"{where}: not in the vocabulary, so read as <unk>: {names}"

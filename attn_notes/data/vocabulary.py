@@ -12,8 +12,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any
 
+from .files import check_text
 from attn_notes.foundations.checks import (
     ConfigError,
     InputError,
@@ -21,7 +22,7 @@ from attn_notes.foundations.checks import (
     require_package,
 )
 from ..foundations.special_ids import SpecialIds
-from ..foundations.values import Count, Size
+from ..foundations.values import MAX_VOCABULARY, Count, Range
 
 # %% ../../nbs/data/01_vocabulary.ipynb #4bc3c44e
 def _order_marks(text: str) -> str:
@@ -40,9 +41,8 @@ def _order_marks(text: str) -> str:
 
 def normalize(text: str) -> str:
     """The text in Unicode's composed form (NFC), its white space single spaces.
-    Raises `InputError` for what is no text."""
-    if not isinstance(text, str):
-        raise InputError(f"text: expected a text; got {text!r:.60}")
+    Raises `InputError` for what is no text, and for half of a character."""
+    text = check_text(text)
     if len(text) > 1000 and not text.isascii():
         text = _order_marks(text)
     return " ".join(unicodedata.normalize("NFC", text).split())
@@ -153,7 +153,8 @@ class TokenTable:
 # %% ../../nbs/data/01_vocabulary.ipynb #90f548a4
 def _check_limits(max_size: int | None, min_count: int) -> None:
     """Refuse limits that keep no token beside the special ones."""
-    check_value("max_size", max_size, Size | None)
+    learned = Annotated[int, Range(1, MAX_VOCABULARY)]
+    check_value("max_size", max_size, learned | None)
     check_value("min_count", min_count, Count)
     if max_size is not None and max_size < 5:
         raise ConfigError(

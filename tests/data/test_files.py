@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from attn_notes.data.files import lines_or_errors, read_lines
+from attn_notes.data.files import check_texts, lines_or_errors, read_lines
 from attn_notes.data.phrases import TranslationPair as Pair
 from attn_notes.data.translation import SPLITS, translation_pairs
 from attn_notes.foundations.checks import InputError
@@ -131,3 +131,20 @@ def test_a_broken_shard_is_one_line_with_its_name(shards, damage):
     with pytest.raises(InputError, match=said) as refused:
         translation_pairs("wmt14-en-de", data_dir=shards)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("one text", "inputs: expected texts in a list"),
+        (None, "inputs: expected texts in a list"),
+        ([None], "inputs: expected a text; got None"),
+        (["a", b"b"], r"inputs\[1\]: expected a text; got b'b'"),
+        (["a", " \t\n"], r"inputs\[1\]: expected a text of a token or more"),
+        (["half \ud83d of"], r"inputs: expected Unicode text; got .* at 5"),
+    ],
+)
+def test_inputs_that_are_no_texts(given, said):
+    with pytest.raises(InputError, match=f"^{said}"):
+        check_texts(given)
