@@ -436,6 +436,7 @@ BOOK: dict[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 512,
     "max_position_embeddings": 128,
+    "dropout": 0.0,
     "bos_token_id": 1999,
     "eos_token_id": 1999,
 }
@@ -443,10 +444,10 @@ BOOK_RECIPE = Recipe(
     optimizer="adamw",
     learning_rate=3e-3,
     betas=(0.9, 0.98),
-    weight_decay=0.01,
+    weight_decay=0.1,
     schedule="cosine",
     warmup_steps=100,
-    max_steps=3000,
+    max_steps=9000,
     batch_size=16,
     max_grad_norm=1.0,
 )

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['Work', 'MIN_ROUNDS', 'TOLERANCE', 'Pair', 'cpu_seconds', 'fixed_threads', 'TimingRatio', 'ratio_interval',
            'time_pair', 'matmul_rate', 'peak_memory', 'benchmark_pair', 'evidence_modules', 'list_pairs',
-           'training_step', 'attention_pair', 'Benchmark', 'run_pair']
+           'training_step', 'attention_pair', 'Benchmark', 'run_pair', 'speed_table']
 
 # %% ../../nbs/zoo/08_benchmark.ipynb #a2794179
 import importlib
 import os
 import pkgutil
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -233,6 +234,15 @@ class Benchmark:
         part in a hundred."""
         return not self.time.slower and self.memory <= 1.01 * self.reference_memory
 
+    def numbers(self) -> dict[str, float]:
+        """The ratio of times and its interval; peak memory in MiB and the share of the
+        matrix-product rate, of both."""
+        times = {name: getattr(self.time, name) for name in ("ratio", "low", "high")}
+        ours, reference = self.memory / 2**20, self.reference_memory / 2**20
+        memory = {"memory": ours, "reference_memory": reference}
+        shares = {"share": self.share, "reference_share": self.reference_share}
+        return {name: round(x, 3) for name, x in (times | memory | shares).items()}
+
     def __str__(self) -> str:
         ours, reference = self.memory / 2**20, self.reference_memory / 2**20
         verdict = "ok" if self.passed else "SLOWER OR LARGER"
@@ -263,3 +273,22 @@ def run_pair(title: str, rounds: int = MIN_ROUNDS, threads: int = 1) -> Benchmar
             flops / times.seconds / rate,
             flops / times.reference_seconds / rate,
         )
+
+# %% ../../nbs/zoo/08_benchmark.ipynb #speed-table
+def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of stored pairs: rows with {"pair": title} as configuration and the
+    `numbers()` of a `Benchmark` as metrics."""
+    table = [
+        "| | time, ours / theirs | MiB, ours / theirs | % of the matrix-product rate |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        x = row["metrics"]
+        cells = (
+            row["config"]["pair"],
+            f"x{x['ratio']:.2f} [{x['low']:.2f}, {x['high']:.2f}]",
+            f"{x['memory']:.0f} / {x['reference_memory']:.0f}",
+            f"{100 * x['share']:.0f} / {100 * x['reference_share']:.0f}",
+        )
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
