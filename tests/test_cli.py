@@ -542,6 +542,10 @@ def test_no_control_character_reaches_the_terminal(reverse, capsys, tmp_path):
     assert capsys.readouterr().out == f"{kept}\n"
 
 
+def test_a_sign_of_the_parser_is_no_input(reverse, refused):
+    assert "INPUT: expected a text" in refused("predict", "any", "--", "--")
+
+
 def test_inputs_that_are_all_bad(reverse, capsys):
     assert run("predict", "any", "1", "2") == 2
     said = capsys.readouterr()

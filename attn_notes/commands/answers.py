@@ -29,8 +29,13 @@ def _standard_input() -> Iterator[Any]:
 
 
 def read_inputs(given: Sequence[str]) -> list[tuple[str, Any]]:
-    """Inputs, each after what to call it; - stands for lines of the standard input."""
+    """Inputs, each after what to call it; - stands for lines of the standard input.
+    Raises `InputError` for none (argparse takes a lone -- for a sign of its own)."""
+    from attn_notes.foundations.checks import InputError
+
     found = []
+    if not given:
+        raise InputError("INPUT: expected a text, or - for lines; got none")
     for i, text in enumerate(given, 1):
         if text == "-":
             found += [

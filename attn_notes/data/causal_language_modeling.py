@@ -166,7 +166,11 @@ class LanguageModel(LanguageModelingData):
     """What a trained model is asked: scores of held-out text, and continuations."""
 
     def check_model(self, model: nn.Module) -> None:
-        """Raises `ConfigError` for a model of another number of tokens."""
+        """Raises `ConfigError` for what generates no text, and for a model of another
+        number of tokens."""
+        if not hasattr(model, "generate") or not hasattr(model, "config"):
+            kind = type(model).__name__
+            raise ConfigError(f"model: expected one that generates text; got {kind}")
         check_vocabulary(model, self.vocabulary)
 
     def evaluate(

@@ -354,7 +354,9 @@ class FittedSplits(EncodedSplits):
 # %% ../../nbs/data/06_translation_task.ipynb #b773ebad
 @contextmanager
 def inference(model: nn.Module) -> Generator[torch.device]:
-    """The model in evaluation mode, without gradients; gives the device it is on."""
+    """The model in evaluation mode, without gradients; gives the device it is on.
+    Raises `ConfigError` for what is no model."""
+    check_value("model", model, nn.Module)
     training = model.training
     model.eval()
     try:

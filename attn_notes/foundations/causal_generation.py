@@ -16,6 +16,7 @@ from attn_notes.foundations.checks import (
     check_ids,
     check_mask_rows,
     check_mask_shape,
+    check_value,
     checked,
 )
 from attn_notes.foundations.generation import (
@@ -114,7 +115,10 @@ class CausalGeneration(nn.Module):
         ask |= {"top_k": top_k, "top_p": top_p}
         drawn = is_drawn(do_sample, num_beams, **ask)
         limits = check_prompt(config, input_ids, attention_mask, max_new_tokens)
-        end = config.eos_token_id if eos_token_id is None else eos_token_id
+        end = config.eos_token_id
+        if eos_token_id is not None:
+            of_vocabulary = Annotated[int, Range(0, config.vocab_size - 1)]
+            end = check_value("eos_token_id", eos_token_id, of_vocabulary, InputError)
         pad = next(x for x in (config.pad_token_id, end, 0) if x is not None)
         model: Any = self
         start = model.step, model.start(attention_mask), input_ids

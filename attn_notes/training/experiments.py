@@ -299,8 +299,9 @@ def _elsewhere(
     """`_once` in a process of its own. Raises `InputError` where that has imported
     another function than the one with this hash."""
     if (found := _hash_here(function)) != digest:
+        name = getattr(function, "__qualname__", "experiment")
         raise InputError(
-            f"{function.__qualname__}: expected the function that the run began with "
+            f"{name}: expected the function that the run began with "
             f"({digest}); got another ({found}), its file has changed: run it again"
         )
     return _once(function, config, seed, digest)

@@ -209,6 +209,13 @@ def test_a_text_file_or_folder(tmp_path):
 
 
 @pytest.mark.no_shapes
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(2, 2)])
+def test_what_generates_no_text(task, model):
+    with pytest.raises(ConfigError, match="model: expected one that generates text"):
+        task.predict(model, ["a text"])
+
+
+@pytest.mark.no_shapes
 def test_bad_files(tmp_path):
     with pytest.raises(ConfigError, match="data_dir"):
         create_task(KIND, "text")

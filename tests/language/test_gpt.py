@@ -629,6 +629,11 @@ PROMPT = torch.zeros(2, 3).long()
         (PROMPT, {"top_k": 0}, "top_k: expected a whole number"),
         (PROMPT, {"top_p": 0.0}, "top_p: expected"),
         (PROMPT, {"top_p": 1.5}, "top_p: expected"),
+        (
+            PROMPT,
+            {"eos_token_id": 30},
+            "eos_token_id: expected .* from 0 to 29; got 30",
+        ),
         (PROMPT, {"num_beams": 0}, "num_beams: expected"),
         (PROMPT, {"num_beams": 2, "top_k": 3}, "num_beams: expected 1"),
         (PROMPT, {"do_sample": False, "top_p": 0.5}, "top_p: expected None"),
