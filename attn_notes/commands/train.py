@@ -98,8 +98,10 @@ def _task(arguments: argparse.Namespace, seed: int, folder: Path | None) -> Any:
 
     kind = _kind(arguments)
     known = _vocabulary(kind, folder) if folder else {}
-    data = {"data_dir": arguments.data_dir, "seed": seed}
-    return create_task(kind, arguments.data, **data, **known)
+    known |= {"data_dir": arguments.data_dir, "seed": seed}
+    if arguments.max_tokens is not None:
+        known["max_tokens"] = arguments.max_tokens
+    return create_task(kind, arguments.data, **known)
 
 # %% ../../nbs/commands/04_train.ipynb #4711dafa
 def _model(

@@ -231,6 +231,15 @@ def test_training_starts_from_a_folder(folders, tmp_path, run, ask, capsys):
 
 
 @pytest.mark.no_shapes
+def test_the_most_tokens_of_an_example_reach_the_task(refused, tmp_path):
+    train = "train", "bert_book_token", "--max-steps", 1, "--output", tmp_path / "run"
+    assert "max_tokens: expected" in refused(*train, "--max-tokens", 1)
+    train = "train", "gpt_book", "--output", tmp_path / "run"
+    assert "max_tokens" in refused(*train, "--max-tokens", 9)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.no_shapes
 def test_training_from_a_folder_that_does_not_fit(folders, refused, tmp_path):
     train = "train", "bert_base_sequence", "--output", tmp_path / "run"
     said = refused(*train, "--pretrained", folders / "gpt2")
