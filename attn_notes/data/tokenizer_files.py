@@ -142,6 +142,8 @@ def wordpiece_fault(tokenizer: Any) -> str:
     names = [type(part).__name__ for part in parts]
     if names != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
         return f"expected WordPiece as BERT has it; got {', '.join(names)}"
+    if (unknown := tokenizer.model.unk_token) != "[UNK]":
+        return f"expected [UNK] for an unknown word; got {unknown!r:.40}"
     return _missing(tokenizer.get_vocab(), BERT_TOKENS)
 
 # %% ../../nbs/data/19_tokenizer_files.ipynb #8bf78156
@@ -241,6 +243,8 @@ def byte_bpe_fault(tokenizer: Any) -> str:
         return f"expected byte-level BPE as GPT-2 has it; got {', '.join(names)}"
     if tokenizer.pre_tokenizer.add_prefix_space:
         return "expected a text as it is; got a space put before it"
+    if tokenizer.model.dropout:
+        return "expected the same pieces every time; got merges that are left out"
     return _missing(tokenizer.get_vocab(), [*byte_letters(), END_OF_TEXT])
 
 # %% ../../nbs/data/19_tokenizer_files.ipynb #6c71b711

@@ -446,6 +446,21 @@ def test_no_room_for_the_special_tokens(size):
 
 @pytest.mark.no_shapes
 @pytest.mark.parametrize(
+    "make, change, said",
+    [
+        (trained, {"unk_token": "[nope]"}, "an unknown word; got '.nope.'"),
+        (byte_pairs, {"dropout": 0.5}, "the same pieces every time"),
+    ],
+)
+def test_a_stored_tokenizer_with_other_settings(make, change, said):
+    stored = make().to_dict()
+    stored["tokenizer"]["model"] |= change
+    with pytest.raises(ConfigError, match=f"^vocabulary: expected .*{said}"):
+        Subwords.from_dict(stored)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize(
     "stored",
     [
         None,
