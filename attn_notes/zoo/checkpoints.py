@@ -189,9 +189,9 @@ def fit_state(
     A classifier of another number of classes, or for another task, keeps its fresh
     values, and so do keys that the format never holds; parts that the model has not are
     skipped: all with a `CheckpointWarning` that lists them. Returns the keys of the
-    model that were not filled. Raises `CheckpointError` that lists any other missing, unexpected or
-    misshapen key, and tensors that are no plain numbers of the kind that the model has;
-    then the model is left as it was."""
+    model that were not filled. Raises `CheckpointError` that lists any other missing,
+    unexpected or misshapen key, and tensors that are no plain numbers of the kind that
+    the model has; then the model is left as it was."""
     no_memory = any(v.is_meta for v in model.state_dict().values())
     _check_plain(state, source, no_memory)
     state = strip_wrappers(state)
