@@ -179,3 +179,32 @@ def test_missing_output_fails(small_book, tmp_path):
 def test_lines_for_jupyter_alone_are_left_out_and_no_others():
     source = "%matplotlib inline\n!ls\nif (a\n    != b or c\n    % d):\n    pass"
     assert len(Cell("x", "code", source, {}, [], "", 0).tree.body) == 1
+
+
+COMMENT = re.compile(r"^%(?!%)", re.MULTILINE)  # a line that the site leaves out
+
+
+def comments(path):
+    "Lines of prose and of Markdown outputs that the site would take for comments."
+    for cell in nbformat.read(path, as_version=4).cells:
+        texts = [cell.source] if cell.cell_type == "markdown" else []
+        for output in cell.get("outputs", ()):
+            texts.append(output.get("data", {}).get("text/markdown", ""))
+        yield from (line for text in texts for line in COMMENT.findall(text))
+
+
+@pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs"))
+)
+def test_no_line_is_lost(path):
+    assert not list(comments(path))
+
+
+def test_a_lost_line_is_noticed(tmp_path):
+    table = nbformat.v4.new_output(
+        "display_data", {"text/markdown": "| a |\n|---|\n\n% of 9,894 tokens: 41"}
+    )
+    code = nbformat.v4.new_code_cell("table", outputs=[table])
+    notebook = nbformat.v4.new_notebook(cells=[code])
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    assert list(comments(tmp_path / "a.ipynb"))

@@ -2,6 +2,7 @@
 nothing; generation with the cache equals generation without it."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from attn_notes.language.gpt import (
     GPTSequenceOutput,
     hf_config,
 )
+from attn_notes.language.gpt_evidence import kneser_ney
 from attn_notes.zoo.checkpoints import fit_state
 from attn_notes.zoo.factory import count_parameters, create_model
 from attn_notes.zoo.registry import model_info
@@ -667,3 +669,34 @@ def test_recipes_are_the_papers():
     )
     assert tuned.warmup_steps / tuned.max_steps == pytest.approx(0.002, rel=0.02)
     assert set(an.list_models("gpt*")) >= {"gpt", "gpt2", "gpt2_xl", "gpt_book"}
+
+
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_probabilities_of_n_grams_sum_to_one(order):
+    "After any context, of which some are not in the training text; and by hand."
+    train, contexts = np.array([0, 1, 2, 0, 1, 3, 0, 2, 0, 1, 2]), [(0, 1), (3, 3)]
+    for context in contexts:
+        tests = [np.array([*context, w]) for w in range(4)]
+        p = [kneser_ney(train, test, order, 4)[-1] for test in tests]
+        assert sum(p) == pytest.approx(1)
+    assert kneser_ney(train, np.array([0, 1, 2]), 2, 4)[-1] == pytest.approx(
+        bigram_by_hand(train, 1, 2)
+    )
+
+
+def bigram_by_hand(train, before, word):
+    "The probability of a pair, from the formula, with dictionaries."
+    pairs = Counter(zip(train.tolist(), train[1:].tolist(), strict=False))
+    after = Counter(b for _, b in pairs)  # after how many different ones
+
+    def discount(counts):
+        once, twice = (sum(c == k for c in counts.values()) for k in (1, 2))
+        return once / max(once + 2 * twice, 1)
+
+    D = discount(after)
+    total = sum(after.values())
+    lower = (max(after[word] - D, 0) + D * len(after) / 4) / total
+    D = discount(pairs)
+    of = {b: c for (a, b), c in pairs.items() if a == before}
+    top = max(of.get(word, 0) - D, 0) + D * len(of) * lower
+    return top / sum(of.values())

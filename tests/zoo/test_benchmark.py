@@ -6,6 +6,7 @@ import torch
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.zoo import benchmark
 from attn_notes.zoo.benchmark import (
+    MEASURED,
     Benchmark,
     TimingRatio,
     attention_pair,
@@ -15,6 +16,7 @@ from attn_notes.zoo.benchmark import (
     matmul_rate,
     peak_memory,
     run_pair,
+    speed_table,
     time_pair,
 )
 
@@ -148,3 +150,11 @@ def test_the_attention_pair_counts_its_operations():
     ):
         reference()
     assert counter.get_total_flops() == flops
+
+
+def test_numbers_are_a_row_of_the_table():
+    times = TimingRatio(0.5, 0.4, 0.6, 1.0, 2.0)
+    numbers = Benchmark("a pair", times, 2**20, 3 * 2**20, 0.8, 0.4).numbers()
+    assert tuple(numbers) == MEASURED
+    row = speed_table([{"config": {"pair": "a pair"}, "metrics": numbers}])
+    assert row.splitlines()[-1] == "| a pair | x0.50 [0.40, 0.60] | 1 / 3 | 80 / 40 |"
