@@ -463,7 +463,7 @@ TINY = Recipe(
     weight_decay=0.05,
     schedule="cosine",
     warmup_steps=200,
-    max_steps=6000,
+    max_steps=4000,
     batch_size=64,
     max_grad_norm=1.0,
 )
