@@ -60,6 +60,11 @@ KINDS = {
     "question_answering": TaskKind(
         "attn_notes.data.question_answering", ("films",), WORDPIECE_FILES
     ),
+    "image_classification": TaskKind(
+        "attn_notes.data.image_classification",
+        ("mnist", "digits", "photographs", "imagenet"),
+        (("preprocessor_config.json",),),
+    ),
 }
 _CLASSES: dict[str, Any] = {}
 
