@@ -459,11 +459,11 @@ FLAX_FORMAT = CheckpointFormat(
 # %% ../../nbs/vision/02_vit.ipynb #vit-recipes
 TINY = Recipe(
     optimizer="adamw",
-    learning_rate=2e-3,
+    learning_rate=3e-3,
     weight_decay=0.05,
     schedule="cosine",
     warmup_steps=200,
-    max_steps=4000,
+    max_steps=3000,
     batch_size=64,
     max_grad_norm=1.0,
 )
@@ -498,7 +498,7 @@ BOOK: dict[str, Any] = {
     "in_chans": 1,
     "num_classes": 10,
     "embed_dim": 64,
-    "depth": 6,
+    "depth": 4,
     "num_heads": 4,
 }
 HYBRID_BOOK: dict[str, Any] = {**BOOK, "resnet_layers": (1,)}
@@ -520,7 +520,7 @@ COUNTS = {  # parameters, and multiply-accumulates of one image
     "vit_large_patch16_224": (304_326_632, 61_554_712_576, "307M"),
     "vit_huge_patch14_224": (632_045_800, 167_295_109_120, "632M"),
     "vit_base_r50_s16_224": (98_659_112, 21_535_358_976, None),
-    "vit_book": (305_034, 16_716_416, None),
+    "vit_book": (205_066, 11_161_216, None),
 }
 
 register_models(
