@@ -95,6 +95,7 @@ class ClassifiedImages:
     """
 
     kind: str
+    sized = True  # whether the size is not the model's to say
 
     def __init__(
         self,
@@ -121,8 +122,9 @@ class ClassifiedImages:
 
     def overrides(self, config: Any = None) -> dict[str, Any]:
         """Size, channels and classes, for a model, as far as its configuration has
-        them; images of a folder get the size that stands there."""
-        if config is not None and (self.data or {}).get("name") == "imagenet":
+        them; images of a folder get the size that stands there if no other was asked
+        for."""
+        if config is not None and not self.sized:
             size = getattr(config, "img_size", self.preprocessing.size)
             size = (size, size) if isinstance(size, int) else tuple(size)
             self.preprocessing = self.preprocessing.scaled(size)

@@ -118,19 +118,19 @@ IMAGE_SETS = {
     "mnist": ImageSet(
         _mnist,
         _NUMBERS,
-        Preprocessing((28, 28), 28, "bilinear", (0.13,), (0.31,)),
+        Preprocessing((28, 28), 28, mean=(0.5,), std=(0.5,)),
         shift=2,
     ),
     "digits": ImageSet(
         _digits,
         _NUMBERS,
-        Preprocessing((8, 8), 8, "bilinear", (0.31,), (0.38,)),
+        Preprocessing((8, 8), 8, mean=(0.5,), std=(0.5,)),
         shift=1,
     ),
     "photographs": ImageSet(
         _photographs,
         tuple(PHOTOGRAPHS),
-        Preprocessing((PATCH, PATCH), PATCH, "bilinear"),
+        Preprocessing((PATCH, PATCH), PATCH),
         flip=True,
     ),
 }

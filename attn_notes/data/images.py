@@ -58,11 +58,13 @@ def open_image(path: str | Path) -> Image.Image:
     Raises `InputError`, which names the file, when there is none, and for one that is
     no image, cut short, or of numbers that are not of 8 or 16 bits.
     """
-    path = to_path(path)
     try:
+        path = to_path(path)
         with Image.open(path) as image:
             image.load()  # here a file that is cut short is noticed
             return _as_seen(image)
+    except ConfigError as error:
+        raise InputError(str(error)) from None
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: expected an image; got no file") from None
     except IsADirectoryError:
