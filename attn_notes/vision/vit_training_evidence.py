@@ -42,15 +42,13 @@ class ConvNet(nn.Module):
     """Four 3 x 3 convolutions with batch normalization and ReLU, the mean over the
     image, a linear layer. No part of it depends on the size of the image."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 144)) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs, stride in zip(
-            (1, *widths), widths, (2, 2, 1, 2), strict=False
-        ):
+        widths, layers = (1, 32, 64, 96, 144), []
+        for i, stride in enumerate((2, 2, 1, 2)):
             layers += [
-                nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(outputs),
+                nn.Conv2d(*widths[i : i + 2], 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(widths[i + 1]),
                 nn.ReLU(),
             ]
         self.layers, self.head = nn.Sequential(*layers), nn.Linear(widths[-1], 10)
