@@ -44,7 +44,7 @@ from attn_notes.foundations.checks import (
 from ..foundations.values import Size
 from ..training.losses import token_cross_entropy
 from ..zoo.files import to_path
-from ..zoo.registry import ModelInfo
+from ..zoo.registry import ModelInfo, override
 
 # %% ../../nbs/data/22_image_classification.ipynb #6e819f53
 class ImageTraining(ImageBatches):
@@ -147,7 +147,8 @@ class StoredImages(ImageAnswers):
         """What `save` wrote; the data are read when they are needed. Raises
         `CheckpointError` when the file is absent or of something else."""
         with read_task(folder, cls.kind) as stored:
-            given, data = Preprocessing(**stored["preprocessing"]), stored["data"]
+            given = override(Preprocessing(), stored["preprocessing"])
+            data = stored["data"]
             if data is not None:
                 data_dir = data_dir if data["name"] == "imagenet" else None
                 data = data_of(data["name"], data_dir, data["seed"], data["limit"])
