@@ -227,10 +227,10 @@ def init_vit_(model: ViT) -> ViT:
     queries, keys and values each for itself, patches by the size of a patch, the head
     at zero. Returns the model."""
     init_xavier_(model.encoder)
-    for layer in model.encoder.layers:
-        for part in layer.attention.in_proj_weight.chunk(3):
+    for name, weight in model.encoder.named_parameters():
+        for part in weight.chunk(3) if name.endswith("in_proj_weight") else ():
             nn.init.xavier_uniform_(part)
-    patches = model.patch_embedding.projection
+    patches: Any = model.patch_embedding.projection
     nn.init.trunc_normal_(patches.weight, std=patches.weight[0].numel() ** -0.5)
     nn.init.zeros_(patches.bias)
     if model.pre_logits is not None:
@@ -241,9 +241,10 @@ def init_vit_(model: ViT) -> ViT:
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-formats
 HEADS = ("head.*", "pre_logits.*")
+OPTIONAL = (*HEADS, "class_token")
 
 
-def placed(state: StateDict, model: ViT) -> StateDict:
+def placed(state: StateDict, model: Any) -> StateDict:
     """Class token and positions as the model has them: without the former where it
     takes the mean, and the latter interpolated to its grid, with a warning that says
     so."""
@@ -266,12 +267,12 @@ def placed(state: StateDict, model: ViT) -> StateDict:
     return state
 
 
-OPTIONAL = {"optional": (*HEADS, "class_token"), "absent": HEADS}
 BOOK_FORMAT = CheckpointFormat(
     "attn_notes",
     lambda keys: {"positions.weight", "patch_embedding.projection.weight"} <= keys,
     convert=placed,
-    **OPTIONAL,
+    optional=OPTIONAL,
+    absent=HEADS,
 )
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-formats-timm
@@ -308,7 +309,8 @@ TIMM_FORMAT = CheckpointFormat(
     lambda keys: {"patch_embed.proj.weight", "pos_embed"} <= keys,
     convert=lambda state, model: placed(rename(state, TIMM_NAMES), model),
     config=timm_config,
-    **OPTIONAL,
+    optional=OPTIONAL,
+    absent=HEADS,
 )
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-formats-torchvision
@@ -327,7 +329,8 @@ TORCHVISION_FORMAT = CheckpointFormat(
     "torchvision",
     lambda keys: {"conv_proj.weight", "encoder.pos_embedding"} <= keys,
     convert=lambda state, model: placed(rename(state, TORCHVISION_NAMES), model),
-    **OPTIONAL,
+    optional=OPTIONAL,
+    absent=HEADS,
 )
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-formats-hf
@@ -348,7 +351,7 @@ HF_NAMES = (
 )
 
 
-def hf_to_ours(state: StateDict, model: ViT) -> StateDict:
+def hf_to_ours(state: StateDict, model: Any) -> StateDict:
     "The names of transformers, of any age, to ours: q, k and v stacked."
     parts = [
         rf"(.*)\.attention\.(?:attention\.{long}|{short}_proj)\.(weight|bias)"
@@ -392,7 +395,8 @@ HF_FORMAT = CheckpointFormat(
     convert=hf_to_ours,
     config=hf_config,
     ignore=("*mask_token",),
-    **OPTIONAL,
+    optional=OPTIONAL,
+    absent=HEADS,
 )
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-formats-flax
@@ -429,7 +433,7 @@ def flax_layout(key: str, value: Tensor) -> Tensor:
     return value.flatten() if single else value
 
 
-def flax_to_ours(state: StateDict, model: ViT) -> StateDict:
+def flax_to_ours(state: StateDict, model: Any) -> StateDict:
     "The names and the order of the authors' .npz files to ours."
     for prefix in ("opt/target/", "params/"):
         state = strip_prefix(state, prefix)
@@ -453,7 +457,8 @@ FLAX_FORMAT = CheckpointFormat(
         key.endswith("Transformer/posembed_input/pos_embedding") for key in keys
     ),
     convert=flax_to_ours,
-    **OPTIONAL,
+    optional=OPTIONAL,
+    absent=HEADS,
 )
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-recipes
