@@ -180,7 +180,9 @@ class ViT(nn.Module, PretrainedMixin):
         "Parameters that weight decay spares, beside norms and biases."
         return {"positions.weight"}
 
-    def forward_features(self, images: Float[Tensor, "b c h w"]) -> Tensor:
+    def forward_features(
+        self, images: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b n d"]:
         """The encoder's tokens (b n d): the class token, where there is one, before the
         patches. Raises `InputError` for images of another number of channels, or of
         sides that the patch does not divide."""
@@ -472,7 +474,8 @@ TINY = Recipe(
     batch_size=64,
     max_grad_norm=1.0,
 )
-PAPER_PRETRAINING = Recipe(  # table 3, ImageNet: 300 epochs of 1,281,167 images
+# table 3, ImageNet: 300 epochs of 1,281,167 images; the model with dropout=0.1
+PAPER_PRETRAINING = Recipe(
     optimizer="adamw",
     learning_rate=3e-3,
     weight_decay=0.3,

@@ -394,6 +394,16 @@ def test_compiled_and_exported_at_another_size():
             assert torch.allclose(compiled(some), model(some), atol=1e-6)
 
 
+def test_another_size_under_autocast():
+    model, x = small().float(), images(sides=(30, 20)).float()
+    expected = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(x)
+    found.sum().backward()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert model.positions.weight.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("config", [SMALL, HYBRID], ids=["ViT", "hybrid"])
 def test_channels_last(config):
     model, x = small(config), images(config)
