@@ -7,6 +7,7 @@ __all__ = ['Example', 'BATCH', 'ImageRows', 'own_rows', 'check_names', 'Classifi
            'Held']
 
 # %% ../../nbs/data/24_image_batches.ipynb #2ed9608e
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ Example = tuple[Tensor | str, int, bool]  # image, class, whether it is for trai
 
 
 class ImageRows:
-    """The examples of a split by number, in memory or as paths."""
+    """The examples of a split by number: images (n c h w) in memory, or paths as an
+    array of bytes, since a million texts would be copied into every process."""
 
     def __init__(self, images: Any, labels: Any, training: bool):
         self.images, self.labels, self.training = images, labels, training
@@ -55,7 +57,9 @@ class ImageRows:
         return len(self.images)
 
     def __getitem__(self, i: int) -> Example:
-        return self.images[i], int(self.labels[i]), self.training
+        image = self.images[i]
+        image = os.fsdecode(image) if isinstance(image, bytes) else image
+        return image, int(self.labels[i]), self.training
 
 
 def own_rows(examples: Any, classes: int, split: str) -> ImageRows:
@@ -154,7 +158,7 @@ def read_rows(data: Mapping[str, Any], split: str) -> ImageRows:
     if data["name"] == "imagenet":
         found = folder_images(data.get("data_dir"), split)
         images, labels = [path for path, _ in found], [label for _, label in found]
-        images, labels = np.array(images), torch.tensor(labels)
+        images, labels = np.array([*map(os.fsencode, images)]), torch.tensor(labels)
     else:
         images, labels = image_set(data["name"], split)
     if split == "train" and data.get("limit") is not None:
