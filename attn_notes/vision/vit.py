@@ -81,8 +81,8 @@ class ViTConfig:
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-patches
 class PatchEmbedding(nn.Module):
-    """Every patch times one matrix E, plus a bias, eq. (1): a convolution whose window
-    and stride are the patch."""
+    """Every patch times one matrix E, plus a bias, eq. (eq-vit-embedding): a
+    convolution whose window and stride are the patch."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -131,8 +131,8 @@ class GridPositions(nn.Module):
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-block
 def vit_block(config: ViTConfig, drop_path: float) -> PreNormBlock:
-    """One block, eqs. (2) and (3): pre-norm, GELU, and dropout after each of the two
-    dense layers and after attention's."""
+    """One block, eq. (eq-vit-encoder): pre-norm, GELU, and dropout after each of the
+    two dense layers and after attention's."""
     block = PreNormBlock(
         config.embed_dim,
         config.num_heads,
