@@ -560,6 +560,7 @@ def test_another_model_of_transformers(change, tmp_path):
         create_model("vit_base_patch16_224", tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:positions interpolated")
 def test_a_folder_of_timm(tmp_path):
     theirs, call = timm_reference(SMALL)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
@@ -715,6 +716,7 @@ def test_the_mean_instead_of_the_class_token(tmp_path):
         create_model("vit_base_patch16_224", path, **asdict(SMALL))
 
 
+@pytest.mark.filterwarnings("ignore:positions interpolated")
 def test_another_patch_is_refused(tmp_path):
     path = saved(small().float(), tmp_path)
     sizes = dict(asdict(SMALL), patch_size=4)
