@@ -132,7 +132,7 @@ SIZES = (100, 300, 1000, 4000)
     "vit_training",
     "sizes",
     [{"model": model, "images": n} for n in SIZES for model in ("vit", "cnn")],
-    seeds=range(3),
+    seeds=range(5),
     timings=("seconds",),
 )
 def train_sizes(seed: int, model: str, images: int) -> dict:
@@ -176,15 +176,17 @@ CHOICES = [
     for pool, positions, rate in (
         ("token", "1-D", 1e-3),
         ("token", "1-D", 3e-3),
+        ("token", "1-D", 1e-2),
         ("avg", "1-D", 1e-3),
         ("avg", "1-D", 3e-3),
+        ("avg", "1-D", 1e-2),
         ("token", "none", 3e-3),
         ("token", "2-D", 3e-3),
     )
 ]
 
 
-@experiment("vit_training", "choices", CHOICES, seeds=range(3))
+@experiment("vit_training", "choices", CHOICES, seeds=range(5))
 def train_choices(seed: int, pool: str, positions: str, learning_rate: float) -> dict:
     "Train on all 4,000 digits; accuracy in percent."
     net, task = network("vit", seed, global_pool=pool), digits(None, seed)
@@ -247,7 +249,7 @@ class AveragedDigits(Digits):
     "vit_training",
     "averages",
     [{"schedule": "constant"}, {"schedule": "cosine"}],
-    seeds=range(3),
+    seeds=range(5),
 )
 def average_weights(seed: int, schedule: str) -> dict:
     "Accuracy of the last weights, and of their averages by factor."
