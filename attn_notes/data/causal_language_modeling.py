@@ -182,7 +182,7 @@ class LanguageModel(LanguageModelingData):
         gather: Callable[[list], list] = list,
     ) -> dict[str, float]:
         """`loss` per token, `perplexity` and `bits_per_character`."""
-        self.check_model(model)
+        check_vocabulary(model, self.vocabulary)
         total = stream_loss(model, self.dataset(split), rank, world_size, gather)
         characters = sum(map(len, self.documents(split)))
         return stream_scores(total, len(self.stream(split)) - 1, characters)
