@@ -18,7 +18,7 @@ READING = [
     ("Foundations", ["foundations/*", "sequence/00_*"]),
     ("The Transformer", ["sequence/*"]),
     ("Language", ["language/*"]),
-    ("Vision", ["vision/*"]),
+    ("Vision", ["vision/0[1-9]_*", "vision/*"]),  # what chapters share stands last
     ("Detection", ["detection/*"]),
     ("Segmentation", ["segmentation/*"]),
     ("Efficient attention", ["efficient/*"]),

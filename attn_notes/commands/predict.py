@@ -9,12 +9,15 @@ __all__ = ['OPTIONS', 'find_task', 'load_model', 'options_for', 'predict_command
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from attn_notes.commands.answers import (
-    answer_all,
+    answer_in_turn,
+    as_lines,
+    expand_inputs,
     one_line,
     output_file,
     read_inputs,
@@ -31,15 +34,25 @@ from .streams import say
 
 # %% ../../nbs/commands/06_predict.ipynb #7d1e04aa
 def find_task(arguments: argparse.Namespace) -> tuple[Any, Path]:
-    """The task of a folder, and the folder. Raises `CheckpointError` for the folder of
-    a model that is trained for another kind of task."""
-    from attn_notes.data.tasks import load_task
+    """The task of a folder, and the folder; or the task of a single file, and the file.
+    Raises `CheckpointError` for the folder of a model that is trained for another kind
+    of task, `InputError` for a file alone where the task needs more beside it."""
+    from attn_notes.data.tasks import KINDS, has_task, load_task, task_class
     from attn_notes.foundations.checks import CheckpointError
-    from attn_notes.zoo.checkpoints import read_config, shipped_weights
+    from attn_notes.zoo.checkpoints import (
+        find_checkpoint,
+        read_config,
+        shipped_weights,
+    )
     from attn_notes.zoo.registry import model_info
 
     info, given = model_info(arguments.name), arguments.pretrained
-    folder = pretrained_folder(shipped_weights(info.name) if given is None else given)
+    given = shipped_weights(info.name) if given is None else given
+    folder, weights = find_checkpoint(given)
+    kind = task_class(info.task) if info.task in KINDS else None
+    if hasattr(kind, "of_model") and not has_task(folder, info.task):
+        return kind.of_model(info, folder), folder or weights
+    folder = pretrained_folder(given)
     task = load_task(folder, kind=info.task)
     stored = read_config(folder).get("architecture", "model of another library")
     if stored != info.name and task.kind != info.task:
@@ -109,9 +122,13 @@ def predict_command(arguments: argparse.Namespace) -> int:
     task, folder = find_task(arguments)
     options = options_for(task, arguments)
     model = load_model(arguments.name, folder)
+    inputs = expand_inputs(task, inputs)
     read = [pair for pair in inputs if not isinstance(pair[1], Exception)]
-    found = iter(answer_all(lambda some: task.predict(model, some, **options), read))
+    predict, at_once = partial(task.predict, model, **options), len(read) or 1
+    at_once = getattr(task, "at_once", at_once)
+    found = iter(answer_in_turn(predict, read, at_once))
     answers = [x if isinstance(x, Exception) else next(found) for _, x in inputs]
+    answers = as_lines(task, inputs, answers)
     refused = [answer for answer in answers if isinstance(answer, Exception)]
     for error in refused:
         say(error)
@@ -135,19 +152,22 @@ def add_prediction(commands: Any) -> None:
   attn-notes predict transformer_tiny --output french.txt - < phrases.txt
   attn-notes predict seq2seq_bahdanau --pretrained runs/french "in 5 days"
   attn-notes predict transformer_base \\
-      --pretrained Helsinki-NLP/opus-mt-en-fr "It rains." """,
+      --pretrained Helsinki-NLP/opus-mt-en-fr "It rains."
+  attn-notes predict vit_base_patch16_224 --pretrained B_16.npz cat.jpg photographs/""",
     )
     one.add_argument("name", type=word)
     one.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="a text each; - reads lines from the standard input",
+        help="a text or a file each, a folder for its files; - reads lines from the "
+        "standard input",
     )
     one.add_argument(
         "--pretrained",
         metavar="PATH",
-        help="a folder that train wrote, or a hub id (default: the book's own weights)",
+        help="a folder that train wrote, or a hub id; for images, a file of weights "
+        "too (default: the book's own)",
     )
     one.add_argument(
         "--output",

@@ -93,21 +93,41 @@ def _vocabulary(kind: str, folder: Path) -> dict[str, Any]:
 
 def _task(arguments: argparse.Namespace, seed: int, folder: Path | None) -> Any:
     """The task to train on, with the vocabulary of the folder that training starts
-    from."""
-    from attn_notes.data.tasks import create_task
+    from, or the preprocessing of images that the model wants."""
+    from attn_notes.data.tasks import create_task, task_class
+    from attn_notes.zoo.registry import model_info
 
     kind = _kind(arguments)
     known = _vocabulary(kind, folder) if folder else {}
-    known |= {"data_dir": arguments.data_dir, "seed": seed}
-    if arguments.max_tokens is not None:
-        known["max_tokens"] = arguments.max_tokens
-    return create_task(kind, arguments.data, **known)
+    if hasattr(task_class(kind), "preprocessing_of"):
+        wanted = task_class(kind).preprocessing_of(model_info(arguments.name), folder)
+        known["preprocessing"] = wanted
+    for name in ("max_tokens", "image_size"):
+        if getattr(arguments, name) is not None:
+            known[name] = getattr(arguments, name)
+    data = {"data_dir": arguments.data_dir, "seed": seed}
+    return create_task(kind, arguments.data, **data, **known)
+
+
+def _weights(arguments: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The folder that training starts from, and what its weights are read from: the
+    folder, or a single file for a task that needs nothing beside it. Raises
+    `InputError` for a file where it does."""
+    from attn_notes.data.tasks import task_class
+    from attn_notes.zoo.checkpoints import find_checkpoint
+
+    if arguments.pretrained is None:
+        return None, None
+    folder, weights = find_checkpoint(arguments.pretrained)
+    if folder is None and not hasattr(task_class(_kind(arguments)), "of_model"):
+        folder = pretrained_folder(arguments.pretrained)
+    return folder, folder or weights
 
 # %% ../../nbs/commands/04_train.ipynb #4711dafa
 def _model(
-    arguments: argparse.Namespace, task: Any, folder: Path | None, seed: int
+    arguments: argparse.Namespace, task: Any, weights: Path | None, seed: int
 ) -> Any:
-    """The model to train, of sizes that the task asks for: new, or of a folder."""
+    """The model to train, of sizes that the task asks for: new, or of weights."""
     from torch import manual_seed
 
     from attn_notes.zoo.checkpoints import load_pretrained
@@ -121,8 +141,8 @@ def _model(
         manual_seed(seed)
         return build_model(info, config)
 
-    if folder is not None:
-        return load_pretrained(info, folder, build)
+    if weights is not None:
+        return load_pretrained(info, weights, build)
     small = info.tiny if arguments.recipe == "tiny" else {}
     return build(override(info.config, small))
 
@@ -130,10 +150,9 @@ def _model(
 def _prepare(arguments: argparse.Namespace, recipe: Any) -> tuple[Any, Any]:
     """The task and the model to train; a folder made for nothing goes again."""
     try:
-        given = arguments.pretrained
-        folder = None if given is None else pretrained_folder(given)
+        folder, weights = _weights(arguments)
         task = _task(arguments, recipe.seed, folder)
-        return task, _model(arguments, task, folder, recipe.seed)
+        return task, _model(arguments, task, weights, recipe.seed)
     except BaseException:
         if arguments.output.is_dir() and not any(arguments.output.iterdir()):
             arguments.output.rmdir()
@@ -185,6 +204,8 @@ def add_training(commands: Any) -> None:
   attn-notes train bert_book_pretraining --data kjv --max-tokens 32 --output runs/bert
   attn-notes train bert_book_sequence --pretrained runs/bert \\
       --data kjv-sections --output runs/sections
+  attn-notes train vit_base_patch16_224 --recipe fine_tuning --pretrained B_16.npz \\
+      --data imagenet --data-dir DIR --image-size 384 --output runs/vit
   torchrun --nproc-per-node 8 --no-python \\
       attn-notes train transformer_base --recipe paper \\
       --data wmt14-en-de --data-dir DIR --output runs/base""",
@@ -192,9 +213,10 @@ def add_training(commands: Any) -> None:
     one.add_argument("name", type=word)
     one.add_argument(
         "--recipe",
-        choices=["tiny", "paper"],
+        choices=["tiny", "paper", "fine_tuning"],
         default="tiny",
-        help="a small model for one processor, or the paper's (default: tiny)",
+        help="a small model for one processor, or the paper's, for training or for "
+        "what comes after it (default: tiny)",
     )
     one.add_argument(
         "--data",
@@ -217,8 +239,8 @@ def add_training(commands: Any) -> None:
     one.add_argument(
         "--pretrained",
         metavar="PATH",
-        help="a folder or a hub id, of whose weights and vocabulary training starts "
-        "(default: from new weights)",
+        help="a folder or a hub id, of whose weights and vocabulary training starts; "
+        "for images, a file of weights too (default: from new weights)",
     )
     one.add_argument(
         "--output",
@@ -245,6 +267,12 @@ def add_training(commands: Any) -> None:
         metavar="N",
         help="tokens of an example at most, where the task cuts texts; no more than "
         "the model has positions",
+    )
+    one.add_argument(
+        "--image-size",
+        type=at_least_one,
+        metavar="N",
+        help="the side of images that come from a folder, instead of the model's",
     )
     one.add_argument(
         "--save-every",

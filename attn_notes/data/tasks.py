@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['WORDPIECE_FILES', 'BYTE_BPE_FILES', 'KINDS', 'TASK_FILE', 'TaskKind', 'register_task', 'task_class', 'kind_of_data',
-           'create_task', 'write_task', 'read_task', 'foreign_kinds', 'load_task']
+           'create_task', 'write_task', 'read_task', 'foreign_kinds', 'has_task', 'load_task']
 
 # %% ../../nbs/data/05_tasks.ipynb #9cf7893a
 import importlib
@@ -59,6 +59,11 @@ KINDS = {
     ),
     "question_answering": TaskKind(
         "attn_notes.data.question_answering", ("films",), WORDPIECE_FILES
+    ),
+    "image_classification": TaskKind(
+        "attn_notes.data.image_classification",
+        ("mnist", "digits", "photographs", "imagenet"),
+        (("preprocessor_config.json",),),
     ),
 }
 _CLASSES: dict[str, Any] = {}
@@ -172,6 +177,14 @@ def foreign_kinds(folder: Path) -> list[str]:
         for kind, known in KINDS.items()
         if any(all((folder / f).is_file() for f in files) for files in known.foreign)
     ]
+
+
+def has_task(folder: Path | None, kind: str) -> bool:
+    """Whether a folder says what its task is: as `save` wrote it, or by the files of
+    another library that this kind knows."""
+    if folder is None:
+        return False
+    return (folder / TASK_FILE).is_file() or kind in foreign_kinds(folder)
 
 
 def load_task(

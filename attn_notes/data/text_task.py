@@ -119,9 +119,9 @@ def check_vocabulary(model: nn.Module, vocabulary: Subwords) -> None:
             )
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a folder. Raises `CheckpointError` where there is none."""
-    path = Path(folder) / "config.json"
+def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
+    """A configuration in a folder. Raises `CheckpointError` where there is none."""
+    path = Path(folder) / name
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from torch import nn
 
@@ -28,6 +28,7 @@ from attn_notes.foundations.checks import (
     checked,
     unknown_name_error,
 )
+from ..foundations.values import Range
 from .formats import NATIVE, CheckpointFormat
 
 # %% ../../nbs/zoo/03_registry.ipynb #1c386985
@@ -47,6 +48,10 @@ class ModelInfo:
     input_size: tuple[int, ...] | None = None  # of one image: (c, h, w)
     mean: tuple[float, ...] | None = None  # by which images are normalized
     std: tuple[float, ...] | None = None
+    # how they are brought to their size: the share of the resized image that the
+    # middle crop keeps (None: stretched to the size), and how pixels are interpolated
+    crop_pct: Annotated[float, Range(0, 1, above=True)] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     classifier: tuple[str, ...] = ()  # shell patterns of keys that num_classes sizes
     reported: Mapping[str, float | int | str] = field(default_factory=dict)
     formats: tuple[CheckpointFormat, ...] = ()  # checkpoints of others that it loads

@@ -39,6 +39,8 @@ ANCESTORS = {
     "sequence.transformer": ("sequence.encoder_decoder",),
     "language.bert": (),
     "language.gpt": (),
+    "vision.bit_resnet": (),
+    "vision.vit": ("vision.bit_resnet",),
 }
 
 

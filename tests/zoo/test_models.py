@@ -19,6 +19,7 @@ from attn_notes.zoo.devices import (
     to_stand_in,
 )
 from attn_notes.zoo.factory import count_parameters
+from attn_notes.zoo.formats import matches
 from attn_notes.zoo.hub import PretrainedMixin
 from attn_notes.zoo.registry import override
 
@@ -44,9 +45,11 @@ def built(name):
     """The small size in evaluation mode, and inputs for it."""
     torch.manual_seed(0)
     tiny = an.model_info(name).tiny
-    return an.create_model(name, **tiny).eval(), an.example_inputs(
-        name, batch_size=3, **tiny
-    )
+    model = an.create_model(name, **tiny).eval()
+    for key, value in model.state_dict().items():  # a head may begin at zero
+        if matches(key, an.model_info(name).classifier):
+            value.normal_(std=0.02)
+    return model, an.example_inputs(name, batch_size=3, **tiny)
 
 
 def leaves(outputs):

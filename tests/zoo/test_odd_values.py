@@ -28,10 +28,12 @@ ODD = {
 
 
 def odd_values(config):
-    """Every field with every odd value of its kind."""
+    """Every field with every odd value of its kind; its default is none."""
     for field in fields(config):
         value = getattr(config, field.name)
         for odd in ODD.get(type(value), []):
+            if odd == () == field.default:
+                continue
             if odd is not None or type(None) not in get_args(field.type):
                 yield field.name, odd
 

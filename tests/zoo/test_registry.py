@@ -78,7 +78,8 @@ def test_the_row_of_a_size_wins_over_what_is_common(toy):
 def test_every_field_of_a_record_has_a_type():
     assert set(ModelInfo.__annotations__) == {
         *("name", "model", "config", "paper", "year", "chapter", "task", "parameters"),
-        *("macs", "input_size", "mean", "std", "classifier", "reported", "formats"),
+        *("macs", "input_size", "mean", "std", "crop_pct", "interpolation"),
+        *("classifier", "reported", "formats"),
         *("recipes", "tiny", "keeps", "replaces", "adds", "license"),
     }
 
