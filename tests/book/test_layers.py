@@ -41,6 +41,7 @@ ANCESTORS = {
     "language.gpt": (),
     "vision.bit_resnet": (),
     "vision.vit": ("vision.bit_resnet",),
+    "vision.deit": ("vision.vit",),
     "vision.igpt": ("language.gpt",),
 }
 
