@@ -335,7 +335,7 @@ BOOK: dict[str, Any] = {
     "patch_size": 2,
     "in_chans": 1,
     "num_classes": 10,
-    "embed_dim": 32,
+    "embed_dim": 40,
     "depths": (2, 2),
     "num_heads": (2, 4),
     "drop_path_rate": 0.0,
@@ -381,7 +381,7 @@ COUNTS: dict[str, tuple] = {
         103_919_087_616,
         {"parameters": "197M", "GMACs": 103.9},
     ),
-    "swin_book": (136_854, 11_904_896, {}),
+    "swin_book": (211_518, 18_017_120, {}),
 }
 # of ImageNet, as the authors normalize
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
