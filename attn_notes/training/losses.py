@@ -84,6 +84,11 @@ def smoothing_of_others(label_smoothing: float, vocab_size: int) -> float:
     return label_smoothing * vocab_size / (vocab_size - 1)
 
 # %% ../../nbs/training/01_losses.ipynb #591cb890
+def _wide(logits: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """Logits of 16 bits in 32: their sum over a batch needs them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def class_cross_entropy(
     logits: Float[Tensor, "b k"],
     labels: Int[Tensor, "b"] | Float[Tensor, "b k"],
@@ -93,14 +98,16 @@ def class_cross_entropy(
     the share of each class (b k). Raises `InputError` for labels of another shape,
     `ConfigError` for a share outside 0 to 1."""
     check_value("label_smoothing", label_smoothing, Share)
-    wanted = logits.shape if labels.is_floating_point() else logits.shape[:1]
+    shared, logits = labels.is_floating_point(), _wide(logits)
+    wanted = logits.shape if shared else logits.shape[:1]
     if labels.shape != wanted:
         raise InputError(
             f"labels: expected shape {tuple(wanted)}, as logits have; "
             f"got {tuple(labels.shape)}"
         )
+    labels = labels.to(logits.dtype) if shared else labels
     return F.cross_entropy(
-        logits.float(), labels, reduction="sum", label_smoothing=label_smoothing
+        logits, labels, reduction="sum", label_smoothing=label_smoothing
     )
 
 # %% ../../nbs/training/01_losses.ipynb #3d05f2d7
@@ -115,7 +122,7 @@ def soft_distillation(
     check_value("temperature", temperature, Positive)
     _check_same_shape(logits, teacher_logits)
     ours, theirs = (
-        (z.float() / temperature).log_softmax(-1)
+        (_wide(z) / temperature).log_softmax(-1)
         for z in (logits, teacher_logits.detach())
     )
     return temperature**2 * F.kl_div(ours, theirs, reduction="sum", log_target=True)
