@@ -286,7 +286,7 @@ TINY = Recipe(
     weight_decay=0.05,
     schedule="cosine",
     warmup_steps=200,
-    max_steps=3000,
+    max_steps=2000,
     batch_size=64,
     max_grad_norm=1.0,
 )
