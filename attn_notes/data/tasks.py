@@ -65,6 +65,14 @@ KINDS = {
         ("mnist", "digits", "photographs", "imagenet"),
         (("preprocessor_config.json",),),
     ),
+    "image_generation": TaskKind(
+        "attn_notes.data.image_generation",
+        ("mnist", "digits", "photographs", "imagenet"),
+    ),
+    "image_sequence_classification": TaskKind(
+        "attn_notes.data.image_generation",
+        ("mnist", "digits", "photographs", "imagenet"),
+    ),
 }
 _CLASSES: dict[str, Any] = {}
 
