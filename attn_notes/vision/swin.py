@@ -285,8 +285,8 @@ TINY = Recipe(
     learning_rate=3e-3,
     weight_decay=0.05,
     schedule="cosine",
-    warmup_steps=200,
-    max_steps=2000,
+    warmup_steps=100,
+    max_steps=1000,
     batch_size=64,
     max_grad_norm=1.0,
 )
