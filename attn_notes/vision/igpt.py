@@ -372,7 +372,7 @@ TINY = Recipe(
     betas=(0.9, 0.95),
     schedule="cosine",
     warmup_steps=100,
-    max_steps=1500,
+    max_steps=1000,
     batch_size=32,
     max_grad_norm=1.0,
 )
