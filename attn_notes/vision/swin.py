@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'PAPER_PRETRAINING', 'PAPER_FINE_TUNING', 'SMALL', 'BASE', 'LARGE', 'LARGER', 'BOOK', 'SIZES', 'COUNTS',
-           'MEAN', 'STD', 'SwinConfig', 'SwinBlock', 'PatchMerging', 'SwinStage', 'Swin', 'check_sides', 'image_facts']
+           'MEAN', 'STD', 'SwinConfig', 'SwinBlock', 'PatchMerging', 'SwinStage', 'Swin', 'make_stages', 'check_sides',
+           'image_facts']
 
 # %% ../../nbs/vision/05_swin.ipynb #swin-imports
 from dataclasses import dataclass
@@ -205,13 +206,7 @@ class Swin(nn.Module, PretrainedMixin):
         self.patch_embedding = nn.Conv2d(config.in_chans, width, patch, patch)
         self.patch_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
-        last = max(sum(config.depths) - 1, 1)
-        rates = [config.drop_path_rate * i / last for i in range(sum(config.depths))]
-        side, self.stages = -(-config.img_size // patch), nn.ModuleList()
-        for i, depth in enumerate(config.depths):
-            own, rates = rates[:depth], rates[depth:]
-            self.stages.append(SwinStage(config, i, side, own, self.block))
-            side = -(-side // 2)
+        self.stages = make_stages(config, self.block)
         *inner, width = config.widths
         kind = nn.LayerNorm if config.pyramid_norms else nn.Identity
         self.norms = nn.ModuleList(kind(d) for d in inner)
@@ -266,6 +261,18 @@ class Swin(nn.Module, PretrainedMixin):
         "Random images of the size of the configuration."
         shape = (batch_size, config.in_chans, config.img_size, config.img_size)
         return {"images": torch.randn(shape, device=device)}
+
+
+def make_stages(config: SwinConfig, block: Any) -> nn.ModuleList:
+    "The stages of blocks `block`; drop-path rises linearly over the blocks of all."
+    last = max(sum(config.depths) - 1, 1)
+    rates = [config.drop_path_rate * i / last for i in range(sum(config.depths))]
+    side, stages = -(-config.img_size // config.patch_size), nn.ModuleList()
+    for i, depth in enumerate(config.depths):
+        own, rates = rates[:depth], rates[depth:]
+        stages.append(SwinStage(config, i, side, own, block))
+        side = -(-side // 2)
+    return stages
 
 
 def check_sides(images: Tensor, config: SwinConfig) -> None:
@@ -349,39 +356,15 @@ SIZES = {
     "swin_large_patch4_window12_384": SwinConfig(**LARGE, **LARGER),
     "swin_book": SwinConfig(**BOOK),
 }
-# parameters and multiply-accumulates of one image, and what table 1 says
+# parameters, multiply-accumulates of one image; both as in table 1, "GFLOPs"
 COUNTS: dict[str, tuple] = {
-    "swin_tiny_patch4_window7_224": (
-        28_288_354,
-        4_490_566_656,
-        {"parameters": "29M", "GMACs": 4.5},
-    ),
-    "swin_small_patch4_window7_224": (
-        49_606_258,
-        8_740_875_264,
-        {"parameters": "50M", "GMACs": 8.7},
-    ),
-    "swin_base_patch4_window7_224": (
-        87_768_224,
-        15_430_946_816,
-        {"parameters": "88M", "GMACs": 15.4},
-    ),
-    "swin_large_patch4_window7_224": (
-        196_532_476,
-        34_475_759_616,
-        {"parameters": "197M", "GMACs": 34.5},
-    ),
-    "swin_base_patch4_window12_384": (
-        87_903_584,
-        47_083_134_976,
-        {"parameters": "88M", "GMACs": 47.0},
-    ),
-    "swin_large_patch4_window12_384": (
-        196_735_516,
-        103_919_087_616,
-        {"parameters": "197M", "GMACs": 103.9},
-    ),
-    "swin_book": (211_518, 18_017_120, {}),
+    "swin_tiny_patch4_window7_224": (28_288_354, 4_490_566_656, "29M", 4.5),
+    "swin_small_patch4_window7_224": (49_606_258, 8_740_875_264, "50M", 8.7),
+    "swin_base_patch4_window7_224": (87_768_224, 15_430_946_816, "88M", 15.4),
+    "swin_large_patch4_window7_224": (196_532_476, 34_475_759_616, "197M", 34.5),
+    "swin_base_patch4_window12_384": (87_903_584, 47_083_134_976, "88M", 47.0),
+    "swin_large_patch4_window12_384": (196_735_516, 103_919_087_616, "197M", 103.9),
+    "swin_book": (211_518, 18_017_120),
 }
 # of ImageNet, as the authors normalize
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -389,9 +372,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def image_facts(config: SwinConfig) -> dict[str, Any]:
     "How images come to a model: the authors' resizing, and ImageNet's mean and std."
-    grey = config.in_chans == 1
     facts = {"input_size": (config.in_chans, config.img_size, config.img_size)}
-    if grey:
+    if config.in_chans == 1:
         return facts | {"mean": (0.5,), "std": (0.5,)}
     crop = None if config.img_size == 384 else 0.875
     facts |= {"mean": MEAN, "std": STD, "interpolation": "bicubic"}
@@ -405,7 +387,9 @@ register_models(
             "config": config,
             "parameters": COUNTS[name][0],
             "macs": COUNTS[name][1],
-            "reported": COUNTS[name][2],
+            "reported": dict(
+                zip(("parameters", "GMACs"), COUNTS[name][2:], strict=False)
+            ),
             "tiny": BOOK,
             **image_facts(config),
         }
