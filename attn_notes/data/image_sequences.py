@@ -70,11 +70,13 @@ class ImageSequences(ImageBatches):
             }
         self.side = check_value("image_size", side, Size | None) or 0
         self.colours = check_value("colours", colours, Size | None) or 0
-        channels = 3 if palette is None else palette.channels
+        own = [images for images, _ in (examples or {}).values()]
+        channels = own[0].shape[1] if own and getattr(own[0], "ndim", 0) == 4 else 3
+        channels = channels if palette is None else palette.channels
         if data is not None and data["name"] in IMAGE_SETS:
             channels = IMAGE_SETS[data["name"]].preprocessing.channels
-        half, own = (0.5,) * channels, (self.side or 32,) * 2
-        preprocessing = Preprocessing(own, own[0], mean=half, std=half)
+        half, side = (0.5,) * channels, self.side or 32
+        preprocessing = Preprocessing((side, side), side, mean=half, std=half)
         super().__init__(classes, preprocessing, data, examples, augment)
         self._palette = palette
         if palette is not None and palette.channels != channels:
