@@ -135,10 +135,9 @@ def init_igpt_(model: nn.Module, config: IGPTConfig) -> None:
             weight.zero_()
 
 # %% ../../nbs/vision/04_igpt.ipynb #ig-base
-class IGPTModel(CausalGeneration, PretrainedMixin):
-    """What both iGPTs share: GPT-2's embeddings and blocks, the logits of the next
-    pixel, the steps of generation. Ids are colours, row by row, behind the start
-    token."""
+class IGPTModel(nn.Module, PretrainedMixin):
+    """What both iGPTs share: GPT-2's embeddings and blocks, and the logits of the next
+    pixel. Ids are colours, row by row, behind the start token."""
 
     def __init__(self, config: IGPTConfig) -> None:
         super().__init__()
@@ -150,11 +149,6 @@ class IGPTModel(CausalGeneration, PretrainedMixin):
         )
         self.head = nn.Linear(d, config.vocab_size - 1, bias=False)
         init_igpt_(self, config)
-
-    @property
-    def max_tokens(self) -> int:
-        "The start token and all pixels: the last one needs no position."
-        return self.config.max_position_embeddings + 1
 
     def hidden_states(
         self,
@@ -171,19 +165,6 @@ class IGPTModel(CausalGeneration, PretrainedMixin):
         x = self.embedding(input_ids, real_positions(attention_mask))
         return self.decoder(x, attention_mask, is_causal=True)
 
-    def start(self, attention_mask: Bool[Tensor, "b n"] | None = None) -> State:
-        "The state before the first token of prompts with this mask."
-        return self.decoder.start(attention_mask)
-
-    def step(
-        self, new_tokens: Int[Tensor, "b m"], state: State
-    ) -> tuple[Float[Tensor, "b v"], State]:
-        """Logits (b v) of what follows the last of the tokens after `state`, and the
-        state after them; the old one stays as it was."""
-        positions, mask = self.decoder.places(new_tokens.shape[1], state)
-        x, state = self.decoder.step(self.embedding(new_tokens, positions), state, mask)
-        return self.head(x), state
-
     @staticmethod
     def example_inputs(config: Any, batch_size: int = 2, device: Any = None) -> dict:
         "Start tokens with 6 random pixels; before the last row stands padding."
@@ -196,8 +177,13 @@ class IGPTModel(CausalGeneration, PretrainedMixin):
         return {"input_ids": ids, "attention_mask": mask}
 
 # %% ../../nbs/vision/04_igpt.ipynb #ig-model
-class IGPT(IGPTModel):
+class IGPT(CausalGeneration, IGPTModel):
     "GPT over the colours of an image, row by row (section 2)."
+
+    @property
+    def max_tokens(self) -> int:
+        "The start token and all pixels: the last one needs no position."
+        return self.config.max_position_embeddings + 1
 
     def forward(
         self,
@@ -208,6 +194,19 @@ class IGPT(IGPTModel):
         `vocab_size`, as the start token follows nothing. Arguments and errors as of
         `hidden_states`."""
         return self.head(self.hidden_states(input_ids, attention_mask))
+
+    def start(self, attention_mask: Bool[Tensor, "b n"] | None = None) -> State:
+        "The state before the first token of prompts with this mask."
+        return self.decoder.start(attention_mask)
+
+    def step(
+        self, new_tokens: Int[Tensor, "b m"], state: State
+    ) -> tuple[Float[Tensor, "b v"], State]:
+        """Logits (b v) of what follows the last of the tokens after `state`, and the
+        state after them; the old one stays as it was."""
+        positions, mask = self.decoder.places(new_tokens.shape[1], state)
+        x, state = self.decoder.step(self.embedding(new_tokens, positions), state, mask)
+        return self.head(x), state
 
 
 class IGPTOutput(Output):
