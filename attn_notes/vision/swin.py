@@ -9,6 +9,7 @@ __all__ = ['TINY', 'PAPER_PRETRAINING', 'PAPER_FINE_TUNING', 'SMALL', 'BASE', 'L
 
 # %% ../../nbs/vision/05_swin.ipynb #swin-imports
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -224,9 +225,10 @@ class Swin(nn.Module, PretrainedMixin):
         """The patches (b p q d) of images. Raises `InputError` for images of another
         number of channels, or smaller than a patch."""
         check_sides(images, self.config)
-        height, width = (-n % self.config.patch_size for n in images.shape[-2:])
-        if height or width:
-            images = F.pad(images, (0, width, 0, height))
+        sides = map(index, images.shape[-2:])  # compiled for each size by itself
+        below, right = (-side % self.config.patch_size for side in sides)
+        if below or right:
+            images = F.pad(images, (0, right, 0, below))
         x = self.patch_embedding(images.to(self.patch_embedding.weight.dtype))
         return self.dropout(self.patch_norm(x.permute(0, 2, 3, 1)))
 

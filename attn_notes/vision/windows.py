@@ -6,8 +6,7 @@
 __all__ = ['Windows', 'make_windows', 'number_tokens', 'cut', 'PositionBias']
 
 # %% ../../nbs/vision/00_windows.ipynb #win-imports
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from ..foundations.initialization import ComputedBuffers
 
 # %% ../../nbs/vision/00_windows.ipynb #win-windows
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """How the tokens of a map are cut into windows of `size` x `size`. `order` (w * n)
     says which token stands in each place of the w windows (where there is none, their
     number), `places` in which place each token stands, and `hidden` (w 1 n n) which
