@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from attn_notes.data.image_augmentation import (
     augmented_batch,
-    picture_transform,
+    prepare,
     repeated,
 )
 from attn_notes.data.image_sets import (
@@ -202,7 +202,7 @@ class ImageBatches(ClassifiedImages):
         self.label_smoothing = recipe.label_smoothing
         self.augmentation = recipe.augmentation if self.augment else None
         if self.augmentation is not None:  # what lacks is said now
-            picture_transform(self.augmentation, self.preprocessing)
+            prepare(self.augmentation)
 
     def batches(self, epoch: int = 0) -> list[np.ndarray]:
         """The batches of one epoch, as numbers of training examples."""
