@@ -426,8 +426,8 @@ def measure_way(seed: int, way: str, side: int) -> dict:
 
 # %% ../../nbs/vision/05_swin_training_evidence.ipynb #st-made-function
 def train_book(output: str) -> None:
-    "Train `swin_book` into a folder, as `attn-notes train` does it."
-    info = model_info("swin_book")
+    "Train `swin_book`, and write it into a folder, as `attn-notes train` does."
     task = create_task("image_classification", "mnist")
-    model = network(seed=0)
-    train(model, task, info.recipes["tiny"], output)
+    model: Any = network(seed=0)
+    train(model, task, model_info("swin_book").recipes["tiny"], output)
+    model.save_pretrained(output), task.save(output)
