@@ -136,7 +136,7 @@ def timm_config(stored: Mapping[str, Any]) -> dict[str, Any]:
     where it is one of ours, and what is stored beside."""
     config = SIZES.get(stored.get("architecture", ""), DeiTConfig())
     own = {**asdict(config), **stored.get("model_args", {})}
-    for name in ("img_size", "num_classes"):  # these stand in the file
+    for name in ("img_size", "in_chans", "num_classes"):  # they stand in the file
         own.pop(name)
     found = vit.timm_config({**stored, "model_args": own})
     return found | {"distilled": config.distilled}
