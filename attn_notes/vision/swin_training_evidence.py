@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'FOUR', 'CHOICES', 'SIDES', 'NAMES', 'M', 'S', 'Map', 'WAYS', 'init_wide_', 'WithPositions', 'remove_shift',
-           'set_positions', 'network', 'FourDigits', 'OfWindows', 'right', 'tell_neighbours', 'train_choices',
-           'of_side', 'multiply_adds', 'time_side', 'weigh_side', 'attend', 'cut', 'join', 'in_windows', 'regular',
-           'cyclic', 'padded', 'loop', 'neighbours', 'outside', 'gathered', 'offsets', 'Traffic', 'measure_way',
-           'train_book']
+           'set_positions', 'network', 'FourDigits', 'OfWindows', 'tell_neighbours', 'train_choices', 'of_side',
+           'multiply_adds', 'time_side', 'weigh_side', 'attend', 'cut', 'join', 'in_windows', 'regular', 'cyclic',
+           'padded', 'loop', 'neighbours', 'outside', 'gathered', 'offsets', 'Traffic', 'measure_way', 'train_book']
 
 # %% ../../nbs/vision/05_swin_training_evidence.ipynb #st-imports
 import time
@@ -149,6 +148,25 @@ class FourDigits(Digits):
             terms[name] = (F.cross_entropy(logits, classes, reduction="sum"), 1.0)
         return terms
 
+    def evaluate(
+        self,
+        model: nn.Module,
+        split: str = "valid",
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Any = list,
+    ) -> dict[str, float]:
+        "Percent right, of the digits in an order drawn once, and of those beside them."
+        rows = self.dataset(split)
+        order = np.random.default_rng(0).permutation(len(rows))
+        batch = self.collate([rows[i] for i in order])
+        with torch.no_grad():
+            own, beside = model.eval()(batch["images"])
+        labels = batch["labels"]
+        right = {"own": own.argmax(-1) == labels}
+        right["beside"] = beside.argmax(-1) == labels.flip(-1)
+        return {k: 100 * found.float().mean().item() for k, found in right.items()}
+
 # %% ../../nbs/vision/05_swin_training_evidence.ipynb #st-four
 class OfWindows(nn.Module):
     """A Swin of one stage, and of each of its four windows two times ten logits: its
@@ -169,20 +187,6 @@ class OfWindows(nn.Module):
         return self.head(z).unflatten(-1, (2, 10)).unbind(-2)
 
 
-def right(model: nn.Module, task: FourDigits) -> tuple[float, ...]:
-    "Percent of the held-out digits, in an order drawn once: own, and beside."
-    rows = task.dataset("valid")
-    order = np.random.default_rng(0).permutation(len(rows))
-    batch = task.collate([rows[i] for i in order])
-    labels = batch["labels"]
-    with torch.no_grad():
-        found = model.eval()(batch["images"])
-    return tuple(
-        100 * (logits.argmax(-1) == classes).float().mean().item()
-        for logits, classes in zip(found, (labels, labels.flip(-1)), strict=True)
-    )
-
-
 @experiment(
     "swin_training",
     "neighbours",
@@ -196,8 +200,7 @@ def tell_neighbours(seed: int, shift: bool) -> dict:
     model = OfWindows(shift)
     recipe = replace(RECIPE, seed=seed, max_steps=300, batch_size=128)
     train(model, task, recipe, progress=False)
-    own, beside = right(model, task)
-    return {"own": own, "beside": beside}
+    return task.evaluate(model)
 
 # %% ../../nbs/vision/05_swin_training_evidence.ipynb #st-choices
 CHOICES = [
