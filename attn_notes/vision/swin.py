@@ -374,7 +374,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def image_facts(config: SwinConfig) -> dict[str, Any]:
     "How images come to a model: the authors' resizing, and ImageNet's mean and std."
-    facts = {"input_size": (config.in_chans, config.img_size, config.img_size)}
+    sides = (config.img_size, config.img_size)
+    facts: dict[str, Any] = {"input_size": (config.in_chans, *sides)}
     if config.in_chans == 1:
         return facts | {"mean": (0.5,), "std": (0.5,)}
     crop = None if config.img_size == 384 else 0.875

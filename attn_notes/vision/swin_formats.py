@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'HEADS', 'COMPUTED', 'EXTRAS', 'BLOCK_NAMES', 'TIMM_NAMES', 'BOOK_FORMAT', 'OFFICIAL_FORMAT', 'FIELDS',
-           'TIMM_FORMAT', 'TORCHVISION_FORMAT', 'HF_NAMES', 'HF_FORMAT', 'resize_tables', 'next_stage', 'timm_config',
-           'torchvision_names', 'hf_to_ours', 'hf_config']
+           'TIMM_FORMAT', 'TORCHVISION_FORMAT', 'HF_NAMES', 'HF_EXTRAS', 'HF_FORMAT', 'resize_tables', 'next_stage',
+           'timm_config', 'torchvision_names', 'hf_to_ours', 'hf_config']
 
 # %% ../../nbs/vision/00_swin_formats.ipynb #sf-imports
 import re
@@ -207,6 +207,7 @@ def hf_config(stored: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+HF_EXTRAS: dict[str, Any] = {**EXTRAS, "ignore": (*COMPUTED, "*mask_token")}
 HF_FORMAT = CheckpointFormat(
     "transformers",
     lambda keys: any(
@@ -214,5 +215,5 @@ HF_FORMAT = CheckpointFormat(
     ),
     convert=hf_to_ours,
     config=hf_config,
-    **EXTRAS | {"ignore": (*COMPUTED, "*mask_token")},
+    **HF_EXTRAS,
 )
