@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SMALL', 'FOUR', 'CHOICES', 'SIDES', 'NAMES', 'M', 'S', 'Map', 'WAYS', 'init_wide_', 'WithPositions', 'remove_shift',
            'set_positions', 'network', 'FourDigits', 'OfWindows', 'tell_neighbours', 'train_choices', 'of_side',
-           'multiply_adds', 'time_side', 'weigh_side', 'attend', 'cut', 'join', 'in_windows', 'regular', 'cyclic',
-           'padded', 'loop', 'neighbours', 'outside', 'gathered', 'offsets', 'Traffic', 'measure_way', 'train_book']
+           'write_out', 'multiply_adds', 'time_side', 'weigh_side', 'attend', 'cut', 'join', 'in_windows', 'regular',
+           'cyclic', 'padded', 'loop', 'neighbours', 'outside', 'gathered', 'offsets', 'Traffic', 'measure_way',
+           'train_book']
 
 # %% ../../nbs/vision/05_swin_training_evidence.ipynb #st-imports
 import time
@@ -234,11 +235,16 @@ def of_side(model: str, side: int) -> tuple[nn.Module, Tensor]:
     return create_model(NAMES[model]).eval(), torch.randn(1, 3, side, side)
 
 
-def multiply_adds(model: nn.Module, images: Tensor) -> int:
-    "Of all matrix products, those of attention included, counted on no data."
+def write_out(model: nn.Module) -> None:
+    "Attention as it is written, in place of the fused kernel."
     for module in model.modules():
         if isinstance(module, ScaledDotProductAttention):
-            module.forward = partial(Attention.forward, module)
+            module.__dict__["forward"] = partial(Attention.forward, module)
+
+
+def multiply_adds(model: nn.Module, images: Tensor) -> int:
+    "Of all matrix products, those of attention included, counted on no data."
+    write_out(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.to("meta")(images.to("meta"))
     return counter.get_total_flops() // 2
@@ -270,11 +276,9 @@ def weigh_side(seed: int, model: str, side: int) -> dict:
     "Bytes that a forward pass holds at most."
     net, image = of_side(model.split()[0], side)
     if model not in NAMES:
-        for module in net.modules():
-            if isinstance(module, ScaledDotProductAttention):
-                module.forward = partial(Attention.forward, module)
+        write_out(net)
     with torch.no_grad():
-        return {"bytes": peak_memory(lambda: net(image)), "tokens": (side // 4) ** 2}
+        return {"bytes": peak_memory(lambda: net(image))}
 
 # %% ../../nbs/vision/05_swin_training_evidence.ipynb #st-ways
 M, S = 7, 3  # the window, and the shift
