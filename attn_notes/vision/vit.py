@@ -260,6 +260,8 @@ def placed(state: StateDict, model: Any) -> StateDict:
     table, side = state["positions.weight"], model.positions.side
     table, kept = table.reshape(-1, table.shape[-1]), model.positions.num_prefix_tokens
     there = [name for name in PREFIX if name in state]
+    if len(there) < kept:
+        return state  # a token lacks, which whoever fits the state will say
     state = {**state, **{name: state[name].flatten() for name in there}}
     if kept < len(there):
         table = torch.cat([table[:kept], table[len(there) :]])
