@@ -25,7 +25,8 @@ def reference_model(config: IGPTConfig) -> Any:
     require_package("transformers", "notebooks")
     import transformers
 
-    rates = {f"{part}_pdrop": config.dropout for part in ("resid", "embd", "attn")}
+    p: Any = config.dropout
+    rates = {"resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p}
     stored = transformers.ImageGPTConfig(
         vocab_size=config.vocab_size,
         n_embd=config.hidden_size,
