@@ -110,7 +110,7 @@ class SwinBlock(EncoderBlock):
         bias = self.position_bias()[None]
         if windows.hidden is not None:
             bias = torch.where(windows.hidden, bias - 100, bias)  # as the authors hide
-            bias = bias.expand(len(x), *bias.shape).flatten(0, 1)
+            bias = bias.expand(x.shape[0], *bias.shape).flatten(0, 1)
         return windows.reverse(self.attention(windows.partition(x), bias=bias))
 
     def forward(
