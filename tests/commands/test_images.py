@@ -205,7 +205,8 @@ def test_training_that_is_refused(refused, tmp_path):
     assert "image_size" in refused(*TRAIN, *out, "--image-size", 32)
     assert "data_dir" in refused(*TRAIN, *out, "--data-dir", tmp_path)
     assert "max_tokens" in refused(*TRAIN, *out, "--max-tokens", 9)
-    assert "for image_class" in refused("train", "gpt_book", *out, "--data", "mnist")
+    said = refused("train", "gpt_book", *out, "--data", "mnist")
+    assert "mnist serves image_classification" in said
 
 
 @pytest.mark.no_shapes
