@@ -71,6 +71,7 @@ class ImageGeneration(StoredSequences):
         pixels: Tensor,
         kept: int,
         seed: int = 0,
+        temperature: float = 1.0,
         **how: Any,
     ) -> Tensor:
         """The first `kept` of the pixels (b n) of images, and behind them what the
@@ -81,7 +82,8 @@ class ImageGeneration(StoredSequences):
         prompt = self.with_start(pixels[:, :kept])
         with inference(model) as device:
             generator = torch.Generator(device).manual_seed(seed)
-            options: Any = {"max_new_tokens": n - kept, "generator": generator, **how}
+            options: Any = {"max_new_tokens": n - kept, "generator": generator}
+            options |= {"temperature": temperature, **how}
             return model.generate(prompt.to(device), **options)[:, 1:].cpu()
 
     def predict(

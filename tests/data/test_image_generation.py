@@ -183,6 +183,15 @@ def test_both_losses_or_one():
     assert task.loss(model, batch).keys() == task.counts(batch).keys() == {"class"}
 
 
+def test_pixels_are_drawn():
+    """Each row for itself; the likeliest ones at a temperature of 0."""
+    task, model = task_of(), model_of(task_of())
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    pixels = task.read_pixels(examples(1)[0]).repeat(6, 1)
+    assert len(task.complete(model, pixels, 4).unique(dim=0)) > 3
+    assert len(task.complete(model, pixels, 4, temperature=0).unique(dim=0)) == 1
+
+
 def test_half_an_image_is_kept():
     task, model = task_of(), model_of(task_of())
     torch.nn.init.normal_(model.head.weight, std=0.3)
