@@ -3,16 +3,21 @@ the same weights; windows that are what a naive loop makes of them; any size of 
 and the files that they are read from."""
 
 import inspect
+import itertools
 import json
 import math
+import subprocess
+import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,9 +113,11 @@ def test_counts_and_products(name):
     products += d * c.num_classes
     model = create_model(name, device="meta")
     assert count_parameters(model) == counted == info.parameters
-    with FlopCounterMode(display=False) as flops:
-        model(torch.empty(1, *info.input_size, device="meta"))
-    assert flops.get_total_flops() == 2 * info.macs == 2 * products
+    assert info.macs == products
+    if sum(c.depths) < 24:
+        with FlopCounterMode(display=False) as flops:
+            model(torch.empty(1, *info.input_size, device="meta"))
+        assert flops.get_total_flops() == 2 * products
     if "GMACs" in info.reported:
         assert info.macs / 1e9 == pytest.approx(info.reported["GMACs"], rel=0.01)
 
@@ -380,7 +387,6 @@ def test_features_pyramid_and_logits(kind):
         assert count_parameters(normed) == count_parameters(model) + more
     for y in normed.forward_pyramid(x):
         assert y.mean(1).abs().max() < 1e-5 and abs(y.std() - 1) < 0.1
-    normed.forward_pyramid(x)[-1].sum().backward()
     sum(y.square().sum() for y in normed.forward_pyramid(x)).backward()
     assert all(p.grad is not None for p in normed.parameters())
 
@@ -432,6 +438,31 @@ def test_the_papers_recipe():
     assert [SIZES[n].drop_path_rate for n in [*SIZES][:3]] == [0.2, 0.3, 0.5]
     tuned = info.recipes["fine_tuning"]
     assert tuned.lr(1) == tuned.lr(tuned.max_steps) == 1e-5
+
+
+@pytest.mark.slow
+def test_the_papers_recipe_under_torchrun(tmp_path):
+    """Two steps of two processes, with all its augmentation; and what it has saved."""
+    pytest.importorskip("timm")
+    random = numpy.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), ("cats", "dogs")):
+        (tmp_path / "data" / split / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = random.integers(0, 255, (40, 49, 3), numpy.uint8)
+            path = tmp_path / "data" / split / name / f"{i}.png"
+            Image.fromarray(pixels).save(path)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--standalone", "-m", "attn_notes.cli", "train", NAME, "--recipe", "paper"),
+        *("--max-steps", "2", "--data", "imagenet"),
+        *("--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "run")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    model = create_model(NAME, tmp_path / "run")
+    assert model.config == replace(SIZES[NAME], num_classes=2)
 
 
 # ---- any size, any device
