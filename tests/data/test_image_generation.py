@@ -187,7 +187,7 @@ def test_pixels_are_drawn():
     """Each row for itself; the likeliest ones at a temperature of 0."""
     task, model = task_of(), model_of(task_of())
     torch.nn.init.normal_(model.head.weight, std=0.1)
-    pixels = task.read_pixels(examples(1)[0]).repeat(6, 1)
+    pixels = task.read_pixels([*examples(1)[0]]).repeat(6, 1)
     assert len(task.complete(model, pixels, 4).unique(dim=0)) > 3
     assert len(task.complete(model, pixels, 4, temperature=0).unique(dim=0)) == 1
 
