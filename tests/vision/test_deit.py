@@ -296,6 +296,15 @@ def test_compiled_and_exported_at_another_size():
     assert torch.allclose((found.logits + found.distillation_logits) / 2, expected)
 
 
+def test_channels_last():
+    model, x = small(), images()
+    with torch.no_grad():
+        expected = model(x)
+        model.to(memory_format=torch.channels_last)
+        found = model(x.to(memory_format=torch.channels_last))
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
 # ---- bad input
 
 
