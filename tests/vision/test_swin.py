@@ -495,6 +495,7 @@ def test_fake_tensors_leave_no_trace(kind):
 
 
 @both
+@pytest.mark.slow
 @pytest.mark.no_shapes
 def test_compiled_and_exported_at_another_size(kind, monkeypatch):
     for method in ("partition", "reverse"):  # torch.compile can not look through
@@ -725,6 +726,7 @@ def test_a_checkpoint_of_another_number_of_classes(classes, tmp_path):
     assert model.not_loaded == (("head.weight", "head.bias") if classes else ())
 
 
+@pytest.mark.filterwarnings("ignore:relative positions interpolated")
 def test_what_is_refused(tmp_path):
     path = saved(small().float(), tmp_path)
     for change, said in (
