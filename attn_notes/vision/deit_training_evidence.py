@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGES', 'CAREFUL', 'RANDAUGMENT', 'ERASING', 'MIXES', 'RECIPE', 'SMOOTHING', 'TEACHER', 'PARTS', 'WAYS', 'STUDENTS',
            'CarefulDigits', 'digits', 'fit_teacher', 'teacher_file', 'save_teacher', 'load_teacher', 'percent',
-           'train_teacher', 'student', 'fit', 'cosines', 'examine', 'train_student', 'leave_out', 'fit_release']
+           'train_teacher', 'student', 'fit', 'cosines', 'examine', 'train_student', 'leave_out', 'train_longer',
+           'fit_release']
 
 # %% ../../nbs/vision/03_deit_training_evidence.ipynb #dt-imports
 from collections.abc import Sequence
@@ -156,7 +157,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     "undistorted": (),
     "shifted": (),
     "careful": CAREFUL,
-    "with repeated": (*CAREFUL, "repeated"),
     **{f"without {part}": tuple(p for p in CAREFUL if p != part) for part in CAREFUL},
 }
 
@@ -245,6 +245,17 @@ def train_student(seed: int, training: str, learns_from: str) -> dict:
 def leave_out(seed: int, training: str) -> dict:
     """Train without a teacher and without one part of careful training."""
     return examine(fit(seed, training, "labels"))
+
+# %% ../../nbs/vision/03_deit_training_evidence.ipynb #dt-longer
+@experiment(
+    "deit_training",
+    "longer",
+    [{"training": name, "steps": 1600} for name in ("careful", "shifted")],
+    seeds=range(3),
+)
+def train_longer(seed: int, training: str, steps: int) -> dict:
+    """Train without a teacher for so many steps."""
+    return examine(fit(seed, training, "labels", max_steps=steps))
 
 # %% ../../nbs/vision/03_deit_training_evidence.ipynb #dt-made
 def fit_release() -> tuple[DeiT, Any]:
