@@ -130,10 +130,9 @@ def generation_pair(b: int = 4, n: int = 64, m: int = 64) -> tuple[Work, Work, i
     return partial(ours.generate, ids, max_new_tokens=m), run_reference, flops
 
 
-benchmark_pair("iGPT, 2 layers, forward vs transformers")(
-    partial(forward_pair, training=False)
-)
-benchmark_pair("iGPT, 2 layers, forward and backward vs transformers")(
-    partial(forward_pair, training=True)
-)
-benchmark_pair("iGPT, 2 layers, generation vs transformers")(generation_pair)
+for kind, pair in (
+    ("forward", partial(forward_pair, training=False)),
+    ("forward and backward", partial(forward_pair, training=True)),
+    ("generation", generation_pair),
+):
+    benchmark_pair(f"iGPT, 2 layers, {kind} vs transformers")(pair)
