@@ -86,12 +86,13 @@ def remove_shift(model: nn.Module) -> None:
 
 
 def set_positions(model: Any, kind: str) -> None:
-    """ "relative" as they are, "none", "absolute" in their place, or "both"."""
-    if kind in ("none", "absolute"):
-        for module in model.modules():
-            if isinstance(module, PositionBias):
-                module.table.requires_grad_(False).zero_()
-    if kind in ("absolute", "both"):
+    'Positions "relative" as they are, "none", or "absolute" in their place.'
+    if kind == "relative":
+        return
+    for module in model.modules():
+        if isinstance(module, PositionBias):
+            module.table.requires_grad_(False).zero_()
+    if kind == "absolute":
         side, width = SMALL["img_size"] // SMALL["patch_size"], SMALL["embed_dim"]
         model.patch_norm = WithPositions(model.patch_norm, side, width)
 
