@@ -6,7 +6,7 @@
 __all__ = ['IMAGES', 'CAREFUL', 'RANDAUGMENT', 'ERASING', 'MIXES', 'RECIPE', 'SMOOTHING', 'TEACHER', 'PARTS', 'WAYS', 'STUDENTS',
            'CarefulDigits', 'digits', 'fit_teacher', 'teacher_file', 'save_teacher', 'load_teacher', 'percent',
            'train_teacher', 'student', 'fit', 'cosines', 'examine', 'train_student', 'leave_out', 'train_longer',
-           'fit_release']
+           'fit_release', 'train_release']
 
 # %% ../../nbs/vision/03_deit_training_evidence.ipynb #dt-imports
 from collections.abc import Sequence
@@ -258,11 +258,19 @@ def train_longer(seed: int, training: str, steps: int) -> dict:
     return examine(fit(seed, training, "labels", max_steps=steps))
 
 # %% ../../nbs/vision/03_deit_training_evidence.ipynb #dt-made
-def fit_release() -> tuple[DeiT, Any]:
+def fit_release(learns_from: str = "hard, token") -> tuple[DeiT, Any]:
     """The model that ships, trained, and the history of its training."""
-    task = digits((), "hard, token")
+    task = digits((), learns_from)
     torch.manual_seed(0)
     net = DeiT(replace(SIZES["deit_book_distilled"], drop_path_rate=0.0))
     init_xavier_(net.encoder)
     recipe = replace(RECIPE, max_steps=2000, warmup_steps=100)
     return net, train(net, task, recipe)
+
+
+@experiment(
+    "deit_training", "release", [{"learns_from": "labels, two tokens"}], seeds=(0,)
+)
+def train_release(seed: int, learns_from: str) -> dict:
+    """The network that ships, trained in another way."""
+    return examine(fit_release(learns_from)[0])
