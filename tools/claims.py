@@ -240,7 +240,7 @@ def tally(claims: list[Claim]) -> str:
 
 def main_chapters(notebooks: list[Notebook]) -> list[Notebook]:
     """The chapters that a newcomer is shown: those of the papers, without their
-    evidence pages and without the workshop."""
+    evidence pages, what they share, and the workshop."""
     by_name = {notebook.name: notebook for notebook in notebooks}
     return [
         by_name[name]
@@ -248,6 +248,7 @@ def main_chapters(notebooks: list[Notebook]) -> list[Notebook]:
         for name in names
         if not part.startswith(("Workshop", "Foundations"))
         and not name.endswith("_evidence")
+        and "/00_" not in name  # parts that the chapters share
     ]
 
 

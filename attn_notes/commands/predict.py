@@ -114,13 +114,18 @@ def options_for(task: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 # %% ../../nbs/commands/06_predict.ipynb #50edb48b
 def predict_command(arguments: argparse.Namespace) -> int:
     """Print what a trained model makes of each input, a line each; exit code 1 when
-    some of the inputs could not be read, 2 when none could."""
+    some of the inputs could not be read, 2 when none could. Raises `InputError` for a
+    task that makes a file, such as an image, and no place for it."""
+    from attn_notes.foundations.checks import InputError
+
     output = (
         arguments.output if arguments.output is None else output_file(arguments.output)
     )
     inputs = read_inputs(arguments.inputs)
     task, folder = find_task(arguments)
     options = options_for(task, arguments)
+    if output is None and hasattr(task, "write_answers"):
+        raise InputError("--output: expected a file for what the task makes; got none")
     model = load_model(arguments.name, folder)
     inputs = expand_inputs(task, inputs)
     read = [pair for pair in inputs if not isinstance(pair[1], Exception)]
@@ -153,7 +158,8 @@ def add_prediction(commands: Any) -> None:
   attn-notes predict seq2seq_bahdanau --pretrained runs/french "in 5 days"
   attn-notes predict transformer_base \\
       --pretrained Helsinki-NLP/opus-mt-en-fr "It rains."
-  attn-notes predict vit_base_patch16_224 --pretrained B_16.npz cat.jpg photographs/""",
+  attn-notes predict vit_base_patch16_224 --pretrained B_16.npz cat.jpg photographs/
+  attn-notes predict igpt_book digit.png --output completed.png""",
     )
     one.add_argument("name", type=word)
     one.add_argument(

@@ -17,6 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from attn_notes.data.image_augmentation import (
+    augmented_batch,
+    prepare,
+    repeated,
+)
 from attn_notes.data.image_sets import (
     IMAGE_SETS,
     SPLITS,
@@ -38,7 +43,7 @@ from attn_notes.foundations.checks import (
     check_value,
 )
 from ..foundations.values import Seed, Size
-from ..training.recipes import Recipe
+from ..training.recipes import Augmentation, Recipe
 from ..training.stream import ignore_interrupts
 from ..zoo.files import to_path
 
@@ -188,17 +193,22 @@ class ImageBatches(ClassifiedImages):
     """Batches for training, and those of a split."""
 
     batch_size, seed, num_workers, label_smoothing = 32, 0, 0, 0.0
+    augmentation: Augmentation | None = None
 
     def setup(self, recipe: Recipe) -> None:
         """How to cut batches, and what the loss is; called before training."""
         self.batch_size, self.seed = recipe.batch_size, recipe.seed
         self.num_workers = recipe.num_workers
         self.label_smoothing = recipe.label_smoothing
+        self.augmentation = recipe.augmentation if self.augment else None
+        if self.augmentation is not None:  # what lacks is said now
+            prepare(self.augmentation)
 
     def batches(self, epoch: int = 0) -> list[np.ndarray]:
         """The batches of one epoch, as numbers of training examples."""
         rows = len(self.dataset("train"))
         order = np.random.default_rng((self.seed, epoch)).permutation(rows)
+        order = repeated(order, self.augmentation)
         return np.split(order, range(self.batch_size, rows, self.batch_size))
 
     def read(self, image: Tensor | str, training: bool) -> Tensor:
@@ -211,18 +221,21 @@ class ImageBatches(ClassifiedImages):
         return transform(self.preprocessing)(open_image(image))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Examples as one batch: `images` (b c h w), normalized, and `labels` (b,)."""
+        """Examples as one batch: `images` (b c h w), normalized, and `labels` (b,), or
+        of mixed images the share of each class (b k)."""
         images = torch.stack(
             [self.read(image, varied) for image, _, varied in examples]
         )
-        if self.augment and examples[0][2]:
-            known = IMAGE_SETS.get((self.data or {}).get("name", ""))
-            if known is not None and known.shift:
-                images = random_shift(images, known.shift)
-            if known is not None and known.flip:
-                images = random_flip(images)
         labels = torch.tensor([label for _, label, _ in examples])
-        return {"images": self.preprocessing.normalize(images), "labels": labels}
+        if not (self.augment and examples[0][2]):
+            return {"images": self.preprocessing.normalize(images), "labels": labels}
+        known = IMAGE_SETS.get((self.data or {}).get("name", ""))
+        if known is not None and known.shift:
+            images = random_shift(images, known.shift)
+        if known is not None and known.flip:
+            images = random_flip(images)
+        how, k = self.augmentation or Augmentation(), len(self.classes)
+        return augmented_batch(images, labels, how, self.preprocessing, k)
 
     def split_batches(
         self, split: str, rank: int = 0, world_size: int = 1

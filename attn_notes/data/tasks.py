@@ -65,6 +65,18 @@ KINDS = {
         ("mnist", "digits", "photographs", "imagenet"),
         (("preprocessor_config.json",),),
     ),
+    "image_distillation": TaskKind(
+        "attn_notes.data.image_distillation",
+        ("mnist", "digits", "photographs", "imagenet"),
+    ),
+    "image_generation": TaskKind(
+        "attn_notes.data.image_generation",
+        ("mnist", "digits", "photographs", "imagenet"),
+    ),
+    "image_sequence_classification": TaskKind(
+        "attn_notes.data.image_generation",
+        ("mnist", "digits", "photographs", "imagenet"),
+    ),
 }
 _CLASSES: dict[str, Any] = {}
 

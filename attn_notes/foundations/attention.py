@@ -133,7 +133,8 @@ class Attention(nn.Module):
 # %% ../../nbs/foundations/01_attention.ipynb #e953ae13
 class ScaledDotProductAttention(Attention):
     """Softmax attention of scaled dot products, through torch's fused kernel; the
-    readable form, equal to it, while recorded. `scale` is 1 / sqrt(d) unless given."""
+    readable form, equal to it, while recorded, and where torch has no such kernel.
+    `scale` is 1 / sqrt(d) unless given."""
 
     def __init__(self, dropout: float = 0.0, scale: float | None = None) -> None:
         super().__init__(dropout)
@@ -160,7 +161,10 @@ class ScaledDotProductAttention(Attention):
         "As `Attention.forward`, without storing the weights."
         if isinstance(mask, PackedTokens):
             return mask.attend(self, q, k, v, bias, is_causal)
-        if _RECORDERS.get() and _recorders_of(self):
+        # torch has no fused kernel on a CPU for a bias that learns
+        learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        plain = learned and q.device.type == "cpu"
+        if plain or (_RECORDERS.get() and _recorders_of(self)):
             return super().forward(q, k, v, mask, bias, is_causal)
         n, m, some = q.shape[-2], k.shape[-2], None
         rate = self.dropout if self.training else 0.0

@@ -19,7 +19,7 @@ from .packing import PackedTokens
 # %% ../../nbs/foundations/04_blocks.ipynb #5e647bd2
 class FeedForward(nn.Module):
     """Two linear layers with `activation`, made by the factory, between them, eq.
-    (eq-ffn), and dropout behind the activation."""
+    (eq-ffn), and dropout behind the activation. `bias`: whether the layers have one."""
 
     def __init__(
         self,
@@ -27,14 +27,15 @@ class FeedForward(nn.Module):
         intermediate_size: int,
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout: float = 0.0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         check_positive(hidden_size=hidden_size, intermediate_size=intermediate_size)
         check_probability(dropout=dropout)
-        self.linear1 = nn.Linear(hidden_size, intermediate_size)
+        self.linear1 = nn.Linear(hidden_size, intermediate_size, bias)
         self.activation = activation()
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(intermediate_size, hidden_size)
+        self.linear2 = nn.Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         "The same function at every position: (... d) to (... d)."

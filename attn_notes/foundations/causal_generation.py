@@ -37,11 +37,12 @@ def check_prompt(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     max_new_tokens: int | Tensor,
+    most: int,
 ) -> Tensor:
     """The limit of each row (b,). Raises `InputError` unless `input_ids` (b n) are ids
     of the vocabulary, the mask shows at least one token in every row, with padding on
-    the left, and prompt and new tokens together fill no more than the positions; warns
-    of padding without a mask. Reads data."""
+    the left, and prompt and new tokens together are at most `most`; warns of padding
+    without a mask. Reads data."""
     check_ids(input_ids)
     check_id_values(input_ids, config.vocab_size)
     if attention_mask is None:
@@ -57,7 +58,7 @@ def check_prompt(
             )
         length = int(attention_mask.sum(1).max())
     limits = max_lengths(max_new_tokens, len(input_ids), input_ids.device)
-    most, new = config.max_position_embeddings, int(limits.max())
+    new = int(limits.max())
     if length + new > most:
         raise InputError(
             f"input_ids, max_new_tokens: expected at most {most} tokens together, the "
@@ -89,6 +90,11 @@ class CausalGeneration(nn.Module):
 
     config: Any
 
+    @property
+    def max_tokens(self) -> int:
+        "The most tokens of a prompt and its continuation together."
+        return self.config.max_position_embeddings
+
     @checked(InputError)
     def generate(
         self,
@@ -114,7 +120,8 @@ class CausalGeneration(nn.Module):
         config, ask = self.config, {"temperature": temperature}
         ask |= {"top_k": top_k, "top_p": top_p}
         drawn = is_drawn(do_sample, num_beams, **ask)
-        limits = check_prompt(config, input_ids, attention_mask, max_new_tokens)
+        given = input_ids, attention_mask, max_new_tokens
+        limits = check_prompt(config, *given, self.max_tokens)
         end = config.eos_token_id
         if eos_token_id is not None:
             of_vocabulary = Annotated[int, Range(0, config.vocab_size - 1)]

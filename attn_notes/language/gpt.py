@@ -80,6 +80,7 @@ class GPTSequenceConfig(GPTConfig):
     num_classes: Size = 2
 
 # %% ../../nbs/language/02_gpt.ipynb #gpt-blocks
+#| code-fold: true
 class PostNormCausalBlock(PostNormBlock):
     "A block of 2018, whose `step` goes on from the tokens in a cache."
 
@@ -117,9 +118,10 @@ class PreNormCausalBlock(PreNormBlock):
 #| code-fold: true
 class GPTEmbedding(TokenPositionEmbedding):
     """Token and position embeddings, and the logits from the same matrix. Where a mask
-    is given, positions are counted over the real tokens."""
+    is given, positions are counted over the real tokens. `config` is that of a GPT, or
+    of another model with a vocabulary and positions."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: Any) -> None:
         d, n = config.hidden_size, config.max_position_embeddings
         positions = LearnedPositions(d, n)
         super().__init__(config.vocab_size, d, positions, dropout=config.dropout)
@@ -199,6 +201,7 @@ class CausalDecoder(Stack):
         return self.norm(x[:, -1]), {**state, "past": tuple(past)}
 
 # %% ../../nbs/language/02_gpt.ipynb #gpt-base
+#| code-fold: true
 class GPTModel(CausalGeneration, PretrainedMixin):
     "What all GPTs share: embeddings, blocks, and the steps of generation."
 

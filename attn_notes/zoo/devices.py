@@ -83,10 +83,11 @@ def _example_targets(
 ) -> tuple[Tensor, Tensor] | None:
     """Logits (r k) and classes (r) of a task that predicts tokens or one class, made
     from what the model was given; None for other tasks and shapes."""
-    if task in ("translation", "masked_language_modeling", "causal_language_modeling"):
+    of_next = task in ("causal_language_modeling", "image_generation")
+    if of_next or task in ("translation", "masked_language_modeling"):
         key = "decoder_input_ids" if task == "translation" else "input_ids"
         ids = inputs[key]
-        if task == "causal_language_modeling":
+        if of_next:
             logits, ids = logits[:, :-1], ids[:, 1:]
         return logits.flatten(0, 1), ids.flatten()
     if task.endswith("_classification") and logits.ndim == 2:

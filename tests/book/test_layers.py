@@ -41,6 +41,12 @@ ANCESTORS = {
     "language.gpt": (),
     "vision.bit_resnet": (),
     "vision.vit": ("vision.bit_resnet",),
+    "vision.windows": (),
+    "vision.swin_formats": (),
+    "vision.swin": ("vision.windows", "vision.swin_formats"),
+    "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
+    "vision.deit": ("vision.vit",),
+    "vision.igpt": ("language.gpt",),
 }
 
 

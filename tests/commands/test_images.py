@@ -205,7 +205,8 @@ def test_training_that_is_refused(refused, tmp_path):
     assert "image_size" in refused(*TRAIN, *out, "--image-size", 32)
     assert "data_dir" in refused(*TRAIN, *out, "--data-dir", tmp_path)
     assert "max_tokens" in refused(*TRAIN, *out, "--max-tokens", 9)
-    assert "for image_class" in refused("train", "gpt_book", *out, "--data", "mnist")
+    said = refused("train", "gpt_book", *out, "--data", "mnist")
+    assert "mnist serves image_classification" in said
 
 
 @pytest.mark.no_shapes
@@ -219,3 +220,35 @@ def test_options_reach_the_task(refused, monkeypatch, tmp_path, option):
     monkeypatch.setattr(tasks, "create_task", refuse)
     given = f"--{option.replace('_', '-')}", 9, "--output", tmp_path / "run"
     assert f"'{option}': 9" in refused("train", "bert_book_sequence", *given)
+
+
+def test_half_an_image_is_completed(run, refused, capsys, tmp_path):
+    image = Image.fromarray(image_set("mnist", "valid")[0][0, 0].numpy())
+    image.save(tmp_path / "digit.png")
+    argv = "predict", "igpt_book", tmp_path / "digit.png"
+    assert "--output: expected a file" in refused(*argv)
+    output = "--output", tmp_path / "completed.png"
+    assert run(*argv, tmp_path / "nothing.png", *output, "--seed", 1) == 1
+    assert "nothing.png: expected an image" in capsys.readouterr().err
+    with Image.open(tmp_path / "completed.png") as found:
+        assert found.size == (14, 14)
+
+
+@pytest.mark.slow
+def test_fine_tuning_of_a_pixel_model(run, ask, capsys, tmp_path):
+    """It keeps the palette of the folder that it begins with."""
+    argv = "train", "igpt_book_classifier", "--max-steps", 2, "--data", "digits"
+    first = "train", "igpt_book", "--max-steps", 2, "--data", "digits"
+    assert run(*first, "--output", tmp_path / "pixels") == 0
+    begin = "--pretrained", tmp_path / "pixels"
+    assert run(*argv, *begin, "--output", tmp_path / "classes") == 0
+    palettes = [
+        json.loads((tmp_path / name / "task.json").read_text())["palette"]
+        for name in ("pixels", "classes")
+    ]
+    assert palettes[0] == palettes[1]
+    image = Image.fromarray(image_set("digits", "valid")[0][0, 0].numpy())
+    image.save(tmp_path / "digit.png")
+    folder = "--pretrained", tmp_path / "classes"
+    (line,) = ask("predict", "igpt_book_classifier", *folder, tmp_path / "digit.png")
+    assert line.count("%") == 5

@@ -53,7 +53,7 @@ def test_it_is_a_task():
     task = own()
     assert isinstance(task, Task) and task.kind == "image_classification"
     for name in ("mnist", "digits", "photographs", "imagenet"):
-        assert kind_of_data(name) == task.kind
+        assert kind_of_data(name, task.kind) == task.kind
 
 
 def test_a_batch_is_normalized():

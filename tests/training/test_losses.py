@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attn_notes.foundations.checks import ConfigError, InputError
-from attn_notes.training.losses import smoothing_of_others, token_cross_entropy
+from attn_notes.training.losses import (
+    class_cross_entropy,
+    hard_distillation,
+    smoothing_of_others,
+    soft_distillation,
+    token_cross_entropy,
+)
 
 
 @given(
@@ -119,3 +125,64 @@ def test_a_share_that_is_none(share):
         smoothing_of_others(share, 5)
     with pytest.raises(ConfigError, match="vocab_size: expected a whole number"):
         smoothing_of_others(0.1, 2.5)
+
+
+# ---- classes, and teachers
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_classes_as_numbers_and_as_shares(eps):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 5).double(), torch.arange(6) % 5
+    numbered = class_cross_entropy(logits, labels, eps)
+    assert torch.equal(numbered, token_cross_entropy(logits, labels, -100, eps)[0])
+    whole = F.one_hot(labels, 5).float()
+    assert torch.allclose(class_cross_entropy(logits, whole, eps), numbered)
+    mixed = class_cross_entropy(logits, 0.3 * whole + 0.7 * whole.flip(0), eps)
+    parts = [class_cross_entropy(logits, x, eps) for x in (labels, labels.flip(0))]
+    assert torch.allclose(mixed, 0.3 * parts[0] + 0.7 * parts[1])
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+def test_soft_distillation_by_hand(tau):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    p, q = (teacher / tau).softmax(-1), (logits / tau).softmax(-1)
+    expected = tau**2 * (p * (p / q).log()).sum()
+    found = soft_distillation(logits, teacher, tau)
+    assert torch.allclose(found, expected)
+    found.backward()
+    assert teacher.grad is None and torch.allclose(logits.grad, tau * (q - p))
+
+
+def test_hard_distillation_is_the_teachers_choice():
+    logits, teacher = torch.randn(4, 5), torch.eye(5)[[3, 0, 4, 4]]
+    expected = class_cross_entropy(logits, torch.tensor([3, 0, 4, 4]))
+    assert torch.equal(hard_distillation(logits, 9 * teacher), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_classes_are_float32(dtype):
+    logits = torch.randn(300, 5, dtype=dtype)
+    for loss in (
+        class_cross_entropy(logits, torch.arange(300) % 5),
+        soft_distillation(logits, logits.flip(0)),
+        hard_distillation(logits, logits.flip(0)),
+    ):
+        assert loss.dtype == torch.float32
+
+
+@pytest.mark.no_shapes
+def test_classes_and_teachers_of_another_shape():
+    logits = torch.randn(4, 5)
+    for labels in (torch.zeros(5).long(), torch.zeros(4), torch.zeros(4, 6)):
+        with pytest.raises(InputError, match=r"labels: expected shape \(4"):
+            class_cross_entropy(logits, labels)
+    for loss in (soft_distillation, hard_distillation):
+        with pytest.raises(InputError, match=r"teacher_logits: expected shape \(4, 5"):
+            loss(logits, torch.zeros(4, 6))
+    with pytest.raises(
+        ConfigError, match="temperature: expected a finite number above 0"
+    ):
+        soft_distillation(logits, logits, 0.0)
