@@ -14,9 +14,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import attn_notes as an
 from attn_notes.cli import main
+from attn_notes.data.image_sets import image_set
 from attn_notes.zoo.registry import weights_folder
 
 ROOT = Path(__file__).parents[1]
@@ -858,6 +860,8 @@ def test_examples_of_shipped_models_are_within_their_reach(
     all_examples, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
+    digit = image_set("mnist", "valid")[0][0]
+    Image.fromarray(digit[0].numpy()).save("digit.png")
     tried = 0
     for example in all_examples:
         words = shlex.split(example.split("<")[0])[1:]
@@ -868,7 +872,9 @@ def test_examples_of_shipped_models_are_within_their_reach(
             assert run(*words) == 0, example
             said = capsys.readouterr()
             assert said.err == "", example
-            if words[0] == "predict" and "-" not in words:
+            if "--output" in words:
+                assert Path(words[words.index("--output") + 1]).is_file(), example
+            elif words[0] == "predict" and "-" not in words:
                 answers = [FRENCH[text] for text in words[2:]]
                 assert said.out.splitlines() == answers
                 tried += 1

@@ -434,7 +434,7 @@ def test_the_papers_sizes():
 
 @pytest.mark.no_shapes
 def test_bad_arguments():
-    with pytest.raises(ConfigError, match="translation"):
+    with pytest.raises(ConfigError, match="unknown kind of task 'painting'"):
         create_task("painting")
     with pytest.raises(ConfigError, match="cldr-en-fr"):
         create_task("translation", "cldr-en-frr")
