@@ -28,6 +28,7 @@ from attn_notes.training.losses import (
 from ..zoo.checkpoints import fit_state
 from ..zoo.files import read_state_dict, to_path
 from ..zoo.hub import PretrainedMixin
+from ..zoo.registry import IMAGENET
 
 # %% ../../nbs/data/26_image_distillation.ipynb #teacher
 class Teacher:
@@ -91,7 +92,7 @@ def torchvision_teacher(
         )
     model = get_model(name, weights=None, num_classes=len(classes))
     fit_state(model, read_state_dict(to_path(weights)), source=str(weights))
-    colours = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    colours = Preprocessing(**IMAGENET)
     return Teacher(model, given, colours)
 
 

@@ -22,7 +22,7 @@ from ..foundations.values import Rate
 from ..training.recipes import Augmentation, Recipe
 from .vit import GridPositions, ViT, ViTConfig
 from ..zoo.formats import CheckpointFormat, StateDict, rename
-from ..zoo.registry import register_models
+from ..zoo.registry import IMAGENET, register_models
 
 # %% ../../nbs/vision/03_deit.ipynb #deit-config
 @dataclass(frozen=True)
@@ -255,8 +255,7 @@ REPORTED = {  # the paper's parameters, and its top-1 on ImageNet
     "deit_base_distilled_patch16_384": ("88M", 84.5),
 }
 COLOURS: dict[str, Any] = {  # as the authors evaluate: 256 pixels for 224
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
+    **IMAGENET,
     "crop_pct": 0.875,
     "interpolation": "bicubic",
 }

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'AUGMENTATION', 'PAPER_PRETRAINING', 'PAPER_FINE_TUNING', 'SMALL', 'BASE', 'LARGE', 'LARGER', 'BOOK', 'SIZES',
-           'COUNTS', 'MEAN', 'STD', 'SwinConfig', 'SwinBlock', 'PatchMerging', 'SwinStage', 'Swin', 'make_stages',
-           'check_sides', 'image_facts']
+           'COUNTS', 'SwinConfig', 'SwinBlock', 'PatchMerging', 'SwinStage', 'Swin', 'make_stages', 'check_sides',
+           'image_facts']
 
 # %% ../../nbs/vision/05_swin.ipynb #swin-imports
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from attn_notes.vision.swin_formats import (
 )
 from .windows import PositionBias, Windows, make_windows
 from ..zoo.hub import PretrainedMixin
-from ..zoo.registry import register_models
+from ..zoo.registry import IMAGENET, register_models
 
 # %% ../../nbs/vision/05_swin.ipynb #swin-config
 @dataclass(frozen=True)
@@ -375,8 +375,6 @@ COUNTS: dict[str, tuple] = {
     "swin_large_patch4_window12_384": (196_735_516, 103_919_087_616, "197M", 103.9),
     "swin_book": (211_518, 18_017_120),
 }
-# of ImageNet, as the authors normalize
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def image_facts(config: SwinConfig) -> dict[str, Any]:
@@ -386,7 +384,7 @@ def image_facts(config: SwinConfig) -> dict[str, Any]:
     if config.in_chans == 1:
         return facts | {"mean": (0.5,), "std": (0.5,)}
     crop = None if config.img_size == 384 else 0.875
-    facts |= {"mean": MEAN, "std": STD, "interpolation": "bicubic"}
+    facts |= {**IMAGENET, "interpolation": "bicubic"}
     return facts | {"crop_pct": crop}
 
 
