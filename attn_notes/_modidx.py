@@ -306,6 +306,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                                   'attn_notes/data/image_classification.py'),
                                                       'attn_notes.data.image_classification.head_logits': ( 'data/image_classification.html#head_logits',
                                                                                                             'attn_notes/data/image_classification.py'),
+                                                      'attn_notes.data.image_classification.likeliest': ( 'data/image_classification.html#likeliest',
+                                                                                                          'attn_notes/data/image_classification.py'),
                                                       'attn_notes.data.image_classification.stored_classes': ( 'data/image_classification.html#stored_classes',
                                                                                                                'attn_notes/data/image_classification.py')},
             'attn_notes.data.image_distillation': { 'attn_notes.data.image_distillation.ImageDistillation': ( 'data/image_distillation.html#imagedistillation',

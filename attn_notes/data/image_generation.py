@@ -17,7 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .image_batches import BATCH, Example
-from .image_classification import Answer, StoredImages
+from attn_notes.data.image_classification import (
+    Answer,
+    StoredImages,
+    likeliest,
+)
 from .image_sequences import StoredSequences
 from .image_sets import IMAGE_SETS
 from .labelled_task import class_logits
@@ -191,11 +195,7 @@ class ImageSequenceClassification(StoredSequences):
             for start in range(0, len(inputs), BATCH):
                 pixels = self.read_pixels(inputs[start : start + BATCH])
                 ids = self.with_start(pixels)[:, :-1].to(device)
-                shares = self.logits(model, {"input_ids": ids}).float().softmax(-1)
-                values, best = shares.topk(min(5, shares.shape[-1]))
-                for row, chosen in zip(values.tolist(), best.tolist(), strict=True):
-                    names = [self.classes[i] for i in chosen]
-                    found.append([*zip(names, row, strict=True)])
+                found += likeliest(self.logits(model, {"input_ids": ids}), self.classes)
         return found
 
     at_once, line = BATCH, StoredImages.line
