@@ -47,6 +47,7 @@ ANCESTORS = {
     "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
     "vision.deit": ("vision.vit",),
     "vision.igpt": ("language.gpt",),
+    "segmentation.unetr": (),
 }
 
 
