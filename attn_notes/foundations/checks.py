@@ -112,18 +112,20 @@ def check_features(x: Tensor, width: int, name: str = "x") -> None:
         )
 
 
-def _check_maps(x: Any, channels: int, name: str, one: str, axes: str) -> None:
+def _check_maps(x: Any, channels: int | None, name: str, one: str, axes: str) -> None:
     """Raises `InputError` unless `x` is a non-empty, dense, floating-point tensor
-    (b channels axes): `one` says what each of the b is, and what it is made of."""
+    (b channels axes), None for any channels: `one` says what each of the b is, and
+    what it is made of."""
     floating = isinstance(x, Tensor) and x.is_floating_point()
     dense = floating and x.layout == torch.strided and not x.is_nested
-    if not dense or x.ndim != 2 + len(axes.split(", ")) or x.shape[1] != channels:
+    first, part = one.split()
+    ranked = dense and x.ndim == 2 + len(axes.split(", "))
+    if not ranked or channels not in (None, x.shape[1]):
         raise InputError(
-            f"{name}: expected {one.split()[0]}s, floating point of shape "
-            f"(b, {channels}, {axes}); got {_came(x)}"
+            f"{name}: expected {first}s, floating point of shape "
+            f"(b, {channels or 'c'}, {axes}); got {_came(x)}"
         )
     if 0 in x.shape:
-        first, part = one.split()
         raise InputError(
             f"{name}: expected at least one {first} and one {part}; got {_came(x)}"
         )
@@ -136,10 +138,11 @@ def check_images(images: Tensor, channels: int, name: str = "images") -> None:
 
 
 def check_volumes(
-    volumes: Tensor, channels: int, patch_size: int = 1, name: str = "volumes"
+    volumes: Tensor, channels: int | None, patch_size: int = 1, name: str = "volumes"
 ) -> None:
     """Raises `InputError` unless `volumes` is a non-empty, dense, floating-point tensor
-    (b channels h w d) whose sides `patch_size` divides. Reads no data."""
+    (b channels h w d), None for any channels, whose sides `patch_size` divides. Reads
+    no data."""
     _check_maps(volumes, channels, name, "volume voxel", "h, w, d")
     if any(side % patch_size for side in volumes.shape[2:]):
         raise InputError(
