@@ -150,7 +150,7 @@ def _crop_start(
             return start_around((x, y, z), size, shape)
 
 # %% ../../nbs/data/37_brain.ipynb #br-rows
-HELD_OUT, HELD_OUT_SIZE = 8, (48, 48, 48)
+HELD_OUT, HELD_OUT_SIZE = 8, (64, 64, 64)
 
 
 class BrainRows:
@@ -168,7 +168,7 @@ class BrainRows:
         return f"version {i}"
 
     def volume(self, i: int) -> tuple[Tensor, Tensor, tuple[float, ...]]:
-        """Numbers (1 48 48 48) and labels (48 48 48) of a version, and millimetres from
+        """Numbers (1 64 64 64) and labels (64 64 64) of a version, and millimetres from
         voxel to voxel."""
         return *self.crop(i, HELD_OUT_SIZE), (1.0, 1.0, 1.0)
 
