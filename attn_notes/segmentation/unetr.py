@@ -117,8 +117,8 @@ class VolumePositions(nn.Module):
         table = self.weight.unflatten(0, self.grid)
         for axis, (new, old) in enumerate(zip(grid, self.grid, strict=True)):
             if new != old:
-                table = torch.tensordot(self.shares(new, old), table, ([1], [axis]))
-                table = table.movedim(0, axis)
+                last = table.movedim(axis, -1) @ self.shares(new, old).mT
+                table = last.movedim(-1, axis)
         return table.flatten(0, 2)
 
 # %% ../../nbs/segmentation/01_unetr.ipynb #unetr-block
