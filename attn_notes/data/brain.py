@@ -52,13 +52,20 @@ PARTS = {"train": (20, 123), "valid": (139, 215)}  # from back to front
 
 
 @lru_cache
+def _parts() -> dict[str, Tensor]:
+    """The parts of the average brain by their names, as `brain_part` gives them."""
+    template, shares = brain_template()
+    values, x, z = torch.cat([template.values, shares[1:]]), *(slice(*e) for e in BOX)
+    return {
+        name: values[:, x, slice(*ends), z].contiguous() for name, ends in PARTS.items()
+    }
+
+
 def brain_part(split: str) -> Float[Tensor, "4 h w d"]:
     """A part of the average brain: its numbers, and the share of each of the three
     tissues in its voxels. Raises `ConfigError` for an unknown split."""
     check_choice(SPLITS, split=split)
-    template, shares = brain_template()
-    x, y, z = (slice(*ends) for ends in (BOX[0], PARTS[split], BOX[1]))
-    return torch.cat([template.values, shares[1:]])[:, x, y, z].contiguous()
+    return _parts()[split]
 
 # %% ../../nbs/data/37_brain.ipynb #br-lattice
 def _lattice(

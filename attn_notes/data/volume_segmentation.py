@@ -246,7 +246,7 @@ class VolumeSegmentation(VolumeAnswers):
             if data is not None:
                 data_dir = None if data["name"] == "mni" else data_dir
                 data = data_of(data["name"], data_dir, data["seed"], data["limit"])
-            return cls(stored["classes"], given, data, stored["size"])
+            return cls(stored["classes"], given, data, tuple(stored["size"]))
 
     @classmethod
     def of_model(cls, info: ModelInfo, folder: Path | None) -> "VolumeSegmentation":

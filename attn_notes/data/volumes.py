@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from attn_notes.foundations.checks import (
@@ -118,7 +118,7 @@ def read_volume(path: str | Path) -> Volume:
 
 def read_labels(
     path: str | Path, classes: int, shape: Sequence[int]
-) -> Int[Tensor, "h w d"]:
+) -> Integer[Tensor, "h w d"]:
     """The labels in a file, 0 to `classes` - 1, with the axes RAS, for a volume of this
     shape. Raises `InputError`, which names the file, for anything else."""
     values, affine = _load(path)
@@ -232,18 +232,13 @@ Sides = tuple[int, int, int]
 
 def cut(values: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
     """The part of `values` (... h w d) of this size from `start` on; zeros outside."""
-    whole = values.shape[-3:]
-    inside = tuple(
-        slice(max(0, a), max(0, min(n, a + s)))
-        for a, s, n in zip(start, size, whole, strict=True)
-    )
-    part = values[(..., *inside)]
-    pads = [
-        (max(0, -a), s - max(0, -a) - n)
-        for a, s, n in zip(start, size, part.shape[-3:], strict=True)
-    ]
-    flat = [x for pair in reversed(pads) for x in pair]
-    return F.pad(part, flat) if any(flat) else part
+    found, here, there = values.new_zeros(*values.shape[:-3], *size), [], []
+    for a, s, n in zip(start, size, values.shape[-3:], strict=True):
+        low, high = (min(max(0, x), n) for x in (a, a + s))
+        here.append(slice(low - a, high - a))
+        there.append(slice(low, high))
+    found[(..., *here)] = values[(..., *there)]
+    return found
 
 
 def start_around(
