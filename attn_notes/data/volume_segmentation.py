@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .brain import TISSUES
 from .sliding_window import sliding_window
@@ -57,10 +58,20 @@ class VolumeTraining(VolumeBatches):
         dice, total = dice_cross_entropy(model(batch["volumes"]), batch["labels"])
         return {"dice": (dice, 1.0), "cross_entropy": (total, 1.0)}
 
-    def logits(self, model: nn.Module, values: Tensor) -> Tensor:
-        """What a model says of a whole volume (c h w d), window by window: (k h w d).
-        Raises `ConfigError` for a model of other classes."""
-        found = sliding_window(model, values[None], self.sides)[0]
+    def logits(
+        self, model: nn.Module, values: Tensor, progress: bool = False
+    ) -> Tensor:
+        """What a model says of a whole volume (c h w d), window by window: (k h w d);
+        `progress` shows a bar after two seconds. Raises `ConfigError` for a model of
+        other classes."""
+        bar = tqdm(desc="windows", unit="", delay=2, leave=False, disable=not progress)
+
+        def predict(windows: Tensor) -> Tensor:
+            bar.update(len(windows))
+            return model(windows)
+
+        with bar:
+            found = sliding_window(predict, values[None], self.sides)[0]
         if len(found) != len(self.classes):
             raise ConfigError(
                 f"model: expected logits of {len(self.classes)} classes; got "
@@ -166,7 +177,8 @@ class VolumeAnswers(VolumeTraining):
                     values = self.preprocessing.prepare(volume)
                 except InputError as error:
                     raise InputError(f"{where}: {error}") from None
-                best = self.logits(model, values.to(device)).argmax(0).cpu()
+                logits = self.logits(model, values.to(device), progress=True)
+                best = logits.argmax(0).cpu()
                 best = best.byte() if len(self.classes) <= 256 else best
                 labels = resize_labels(best, volume.shape)
                 found.append(Segmentation(labels, volume, tuple(self.classes)))

@@ -236,7 +236,9 @@ def test_an_answer_lies_on_the_grid_of_its_file(tmp_path):
     found = nibabel.load(tmp_path / "out.nii.gz")
     assert np.array_equal(found.dataobj, values) and found.get_data_dtype() == np.uint8
     assert np.array_equal(found.affine, affine)
-    same = task.predict(net, [read_volume(path).values])[0]  # of 1 mm, unlike the file
+    with pytest.warns(UserWarning, match="re-oriented"):
+        values = read_volume(path).values
+    same = task.predict(net, [values])[0]  # of 1 mm, unlike the file
     assert same.labels.shape == (12, 8, 10)
 
 
