@@ -283,12 +283,13 @@ class UNETR(nn.Module, PretrainedMixin):
 #| code-fold: true
 TINY = Recipe(
     optimizer="adamw",
-    learning_rate=1e-3,
+    learning_rate=3e-3,
     weight_decay=1e-5,
     schedule="cosine",
-    warmup_steps=50,
-    max_steps=1000,
-    batch_size=4,
+    warmup_steps=100,
+    max_steps=2400,
+    batch_size=2,
+    max_grad_norm=1.0,
 )
 PAPER = Recipe(  # 20,000 iterations with 6 crops
     optimizer="adamw",
