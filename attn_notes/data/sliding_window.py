@@ -85,7 +85,8 @@ def blend(
     """The weighted mean of the logits of windows at these places, each a row and three
     slices. Raises `InputError` for logits of another size than the windows."""
     weights = window_weights(window).to(volumes)
-    total, norm = None, volumes.new_zeros(volumes.shape[0], 1, *volumes.shape[2:])
+    norm = volumes.new_zeros(len(volumes), 1, *volumes.shape[2:])
+    total = norm[:, :0]  # until the first logits say how many classes there are
     for first in range(0, len(places), batch_size):
         some = places[first : first + batch_size]
         logits = predict(torch.stack([volumes[place] for place in some]))
@@ -94,7 +95,7 @@ def blend(
                 f"predict: expected logits of {len(some)} windows of {window}; got "
                 f"shape {tuple(logits.shape)}"
             )
-        if total is None:
+        if first == 0:
             shape = (len(volumes), logits.shape[1], *volumes.shape[2:])
             total = logits.new_zeros(shape)
         for place, one in zip(some, logits, strict=True):
