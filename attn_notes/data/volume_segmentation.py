@@ -238,7 +238,7 @@ class VolumeSegmentation(VolumeAnswers):
         if name != "mni":
             folder = volume_folder(data_dir)
         given = folder.preprocessing if preprocessing is None else preprocessing
-        sides = None if size is None else (size,) * 3
+        sides = None if size is None else (size, size, size)
         return cls(folder.classes, given, data, sides)
 
     def save(self, folder: str | Path) -> None:
