@@ -4,12 +4,15 @@ on, and the parts of their experiments."""
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from attn_notes import create_model
 from attn_notes.data.image_sets import PATCH, PHOTOGRAPHS, columns_of, photograph
 from attn_notes.data.tasks import load_task
+from attn_notes.vision.vit_evidence import vit_macs
 from attn_notes.vision.vit_training_evidence import (
     PATCH_4,
+    PATCHES,
     WAYS,
     RowsAndColumns,
     colour_network,
@@ -67,6 +70,21 @@ def test_smaller_digits():
     task = digits(100, seed=0, side=16)
     batch = task.collate([task.dataset("train")[i] for i in range(3)])
     assert batch["images"].shape == (3, 1, 16, 16) and len(task.dataset("train")) == 100
+
+
+@pytest.mark.parametrize("patch, count", [(14, 4), (7, 16), (4, 49)])
+def test_networks_of_another_patch_differ_in_what_reads_it_alone(patch, count):
+    assert patch in PATCHES
+    usual, other = network("vit", 0), network("vit", 0, patch_size=patch).to("meta")
+    both = (usual.named_parameters(), other.named_parameters())
+    shapes = [{name: p.shape for name, p in found} for found in both]
+    first, positions = "patch_embedding.projection.weight", "positions.weight"
+    assert shapes[1].pop(first) == (64, 1, patch, patch) and shapes[0].pop(first)
+    assert shapes[1].pop(positions) == (1 + count, 64) and shapes[0].pop(positions)
+    assert shapes[0] == shapes[1]
+    with FlopCounterMode(display=False) as flops:
+        other(torch.zeros(1, 1, 28, 28, device="meta"))
+    assert flops.get_total_flops() == 2 * sum(vit_macs(other.config).values())
 
 
 def test_networks_for_squares_are_of_one_size():
