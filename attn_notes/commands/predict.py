@@ -159,7 +159,8 @@ def add_prediction(commands: Any) -> None:
   attn-notes predict transformer_base \\
       --pretrained Helsinki-NLP/opus-mt-en-fr "It rains."
   attn-notes predict vit_base_patch16_224 --pretrained B_16.npz cat.jpg photographs/
-  attn-notes predict igpt_book digit.png --output completed.png""",
+  attn-notes predict igpt_book digit.png --output completed.png
+  attn-notes predict unetr_tiny brain.nii.gz --output tissues.nii.gz""",
     )
     one.add_argument("name", type=word)
     one.add_argument(

@@ -215,6 +215,8 @@ def add_training(commands: Any) -> None:
   attn-notes train deit_small_distilled_patch16_224 --recipe paper \\
       --teacher regnet_y_16gf --teacher-weights regnet.pth \\
       --data imagenet --data-dir DIR --output runs/deit
+  attn-notes train unetr_base --recipe paper --data btcv --data-dir DIR \\
+      --output runs/unetr
   torchrun --nproc-per-node 8 --no-python \\
       attn-notes train transformer_base --recipe paper \\
       --data wmt14-en-de --data-dir DIR --output runs/base""",
@@ -281,7 +283,8 @@ def add_training(commands: Any) -> None:
         "--image-size",
         type=at_least_one,
         metavar="N",
-        help="the side of images that come from a folder, instead of the model's",
+        help="the side of images that come from a folder, or of crops of volumes, "
+        "instead of the model's",
     )
     one.add_argument(
         "--teacher",

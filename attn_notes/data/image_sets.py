@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Images', 'SPLITS', 'PHOTOGRAPHS', 'PATCH', 'GAP', 'IMAGE_SETS', 'ENDINGS', 'NAME_LISTS', 'FOLDERS', 'photograph',
-           'columns_of', 'ImageSet', 'image_set', 'imagenet_names', 'folder_classes', 'folder_images', 'images_in']
+           'columns_of', 'squares', 'ImageSet', 'image_set', 'imagenet_names', 'folder_classes', 'folder_images',
+           'images_in']
 
 # %% ../../nbs/data/23_image_sets.ipynb #8400f48d
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,26 +80,29 @@ def columns_of(width: int, split: str) -> tuple[int, int]:
     return (0, border - GAP) if split == "train" else (border, width)
 
 
-def _photographs(split: str) -> Images:
-    """Squares of each photograph, at random places of its part of the split."""
-    found, count = [], 400 if split == "train" else 100
-    for i, name in enumerate(PHOTOGRAPHS):
-        image, random = (
-            photograph(name),
-            np.random.default_rng((SPLITS.index(split), i)),
-        )
+def squares(photographs: Sequence[np.ndarray], split: str, count: int) -> Images:
+    """So many squares of each photograph (h w 3), at random places of its part of the
+    split, and the photograph's number."""
+    found = []
+    for i, image in enumerate(photographs):
+        random, mine = np.random.default_rng((SPLITS.index(split), i)), []
         first, end = columns_of(image.shape[1], split)
-        squares = []
-        while len(squares) < count:
+        while len(mine) < count:
             y = random.integers(image.shape[0] - PATCH + 1)
             x = random.integers(first, end - PATCH + 1)
             square = image[y : y + PATCH, x : x + PATCH]
             if square.std((0, 1)).max() >= 4:
-                squares.append(square)
-        found.append(np.stack(squares))
+                mine.append(square)
+        found.append(np.stack(mine))
     images = np.concatenate(found).transpose(0, 3, 1, 2)
-    labels = np.repeat(np.arange(len(PHOTOGRAPHS)), count)
+    labels = np.repeat(np.arange(len(photographs)), count)
     return np.ascontiguousarray(images), labels
+
+
+def _photographs(split: str) -> Images:
+    """Squares of `PHOTOGRAPHS`."""
+    count = 400 if split == "train" else 100
+    return squares([photograph(name) for name in PHOTOGRAPHS], split, count)
 
 # %% ../../nbs/data/23_image_sets.ipynb #bcd8459b
 @dataclass(frozen=True)

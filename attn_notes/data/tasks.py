@@ -77,6 +77,9 @@ KINDS = {
         "attn_notes.data.image_generation",
         ("mnist", "digits", "photographs", "imagenet"),
     ),
+    "volume_segmentation": TaskKind(
+        "attn_notes.data.volume_segmentation", ("mni", "msd", "btcv")
+    ),
 }
 _CLASSES: dict[str, Any] = {}
 

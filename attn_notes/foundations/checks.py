@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['ConfigError', 'InputError', 'CheckpointError', 'CheckpointWarning', 'check_ids', 'check_features', 'check_images',
-           'check_mask_shape', 'check_pair', 'check_value', 'check_fields', 'checked', 'check_positive',
-           'check_probability', 'check_choice', 'check_divides', 'unknown_name_error', 'require_package',
-           'check_id_values', 'check_mask_rows', 'Output']
+           'check_volumes', 'check_mask_shape', 'check_pair', 'check_value', 'check_fields', 'checked',
+           'check_positive', 'check_probability', 'check_choice', 'check_divides', 'unknown_name_error',
+           'require_package', 'check_id_values', 'check_mask_rows', 'Output']
 
 # %% ../../nbs/foundations/00_checks.ipynb #54035309
 import inspect
@@ -112,19 +112,42 @@ def check_features(x: Tensor, width: int, name: str = "x") -> None:
         )
 
 
+def _check_maps(x: Any, channels: int | None, name: str, one: str, axes: str) -> None:
+    """Raises `InputError` unless `x` is a non-empty, dense, floating-point tensor
+    (b channels axes), None for any channels: `one` says what each of the b is, and
+    what it is made of."""
+    floating = isinstance(x, Tensor) and x.is_floating_point()
+    dense = floating and x.layout == torch.strided and not x.is_nested
+    first, part = one.split()
+    ranked = dense and x.ndim == 2 + len(axes.split(", "))
+    if not ranked or channels not in (None, x.shape[1]):
+        raise InputError(
+            f"{name}: expected {first}s, floating point of shape "
+            f"(b, {channels or 'c'}, {axes}); got {_came(x)}"
+        )
+    if 0 in x.shape:
+        raise InputError(
+            f"{name}: expected at least one {first} and one {part}; got {_came(x)}"
+        )
+
+
 def check_images(images: Tensor, channels: int, name: str = "images") -> None:
     """Raises `InputError` unless `images` is a non-empty, dense, floating-point tensor
     (b channels h w). Reads no data."""
-    floating = isinstance(images, Tensor) and images.is_floating_point()
-    dense = floating and images.layout == torch.strided and not images.is_nested
-    if not dense or images.ndim != 4 or images.shape[1] != channels:
+    _check_maps(images, channels, name, "image pixel", "h, w")
+
+
+def check_volumes(
+    volumes: Tensor, channels: int | None, patch_size: int = 1, name: str = "volumes"
+) -> None:
+    """Raises `InputError` unless `volumes` is a non-empty, dense, floating-point tensor
+    (b channels h w d), None for any channels, whose sides `patch_size` divides. Reads
+    no data."""
+    _check_maps(volumes, channels, name, "volume voxel", "h, w, d")
+    if any(side % patch_size for side in volumes.shape[2:]):
         raise InputError(
-            f"{name}: expected images, floating point of shape (b, {channels}, h, w); "
-            f"got {_came(images)}"
-        )
-    if 0 in images.shape:
-        raise InputError(
-            f"{name}: expected at least one image and one pixel; got {_came(images)}"
+            f"{name}: expected sides that are multiples of {patch_size}, the patch; "
+            f"got {' x '.join(map(str, volumes.shape[2:]))}"
         )
 
 # %% ../../nbs/foundations/00_checks.ipynb #d106543c

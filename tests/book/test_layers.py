@@ -47,6 +47,8 @@ ANCESTORS = {
     "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
     "vision.deit": ("vision.vit",),
     "vision.igpt": ("language.gpt",),
+    "segmentation.unetr_formats": (),
+    "segmentation.unetr": ("segmentation.unetr_formats",),
 }
 
 

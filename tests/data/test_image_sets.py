@@ -17,6 +17,7 @@ from attn_notes.data.image_sets import (
     image_set,
     imagenet_names,
     photograph,
+    squares,
 )
 from attn_notes.foundations.checks import ConfigError, InputError
 
@@ -82,6 +83,21 @@ def test_a_gap_lies_between_the_splits():
         train, valid = columns_of(width, "train"), columns_of(width, "valid")
         assert train[0] == 0 and valid[0] - train[1] == GAP and valid[1] == width
         assert valid[1] - valid[0] > 2 * PATCH
+
+
+def test_squares_of_any_photographs():
+    """Of two, of which every pixel tells its column."""
+    random = np.random.default_rng(0)
+    both = [random.integers(0, 256, (40, width, 3), np.uint8) for width in (200, 240)]
+    for image in both:
+        image[..., 0] = np.arange(image.shape[1])
+    for split in ("train", "valid"):
+        images, labels = squares(both, split, 5)
+        assert images.shape == (10, 3, PATCH, PATCH) and images.flags.c_contiguous
+        assert labels.tolist() == [0] * 5 + [1] * 5
+        for image, label in zip(images, labels, strict=True):
+            first, end = columns_of(both[label].shape[1], split)
+            assert first <= image[0].min() and image[0].max() < end
 
 
 @pytest.mark.no_shapes

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from attn_notes.foundations.checks import ConfigError, InputError
 from attn_notes.training.losses import (
     class_cross_entropy,
+    dice_cross_entropy,
     hard_distillation,
     smoothing_of_others,
     soft_distillation,
@@ -169,6 +170,7 @@ def test_sums_over_classes_are_float32(dtype):
         class_cross_entropy(logits, torch.arange(300) % 5),
         soft_distillation(logits, logits.flip(0)),
         hard_distillation(logits, logits.flip(0)),
+        *dice_cross_entropy(logits[..., None], torch.arange(300)[:, None] % 5),
     ):
         assert loss.dtype == torch.float32
 
@@ -186,3 +188,47 @@ def test_classes_and_teachers_of_another_shape():
         ConfigError, match="temperature: expected a finite number above 0"
     ):
         soft_distillation(logits, logits, 0.0)
+
+
+def monai_loss():
+    losses = pytest.importorskip("monai.losses")
+    return losses.DiceCELoss(
+        softmax=True, squared_pred=True, smooth_nr=0.0, smooth_dr=1e-6
+    )
+
+
+@pytest.mark.parametrize("sides", [(4, 5, 6), (7, 3)], ids=["volume", "image"])
+def test_dice_and_cross_entropy_equal_monais(sides):
+    """Of its truth as shares in double precision: from numbers it makes float32."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, *sides, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 4, (3, *sides))  # the last class is absent
+    dice, cross_entropy = dice_cross_entropy(logits, labels)
+    found = dice / 3 + cross_entropy / labels.numel()
+    truth = F.one_hot(labels, 5).movedim(-1, 1).double()
+    expected = monai_loss()(logits, truth)
+    assert abs(found - expected) < 1e-12
+    (gradient,) = torch.autograd.grad(expected, logits)
+    assert torch.allclose(torch.autograd.grad(found, logits)[0], gradient, atol=1e-14)
+
+
+def test_the_limits_of_dice():
+    labels = torch.randint(
+        0, 3, (2, 4, 4, 4), generator=torch.Generator().manual_seed(0)
+    )
+    sure = 50.0 * F.one_hot(labels, 3).movedim(-1, 1).double()
+    dice, cross_entropy = dice_cross_entropy(sure, labels)
+    assert dice < 1e-6 and cross_entropy < 1e-12  # perfect
+    wrong, _ = dice_cross_entropy(sure.roll(1, 1), labels)
+    assert abs(wrong - 2) < 1e-12  # nothing in common, in each of two
+    absent = torch.cat([sure, torch.full_like(sure[:, :1], -50.0)], 1)
+    assert abs(dice_cross_entropy(absent, labels)[0] - 2 / 4) < 1e-6
+    parts = [dice_cross_entropy(sure[i : i + 1], labels[i : i + 1]) for i in range(2)]
+    assert torch.allclose(sum(part[0] for part in parts), dice)
+
+
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 4), (1, 4, 4)], ids=str)
+def test_labels_of_other_voxels(shape):
+    with pytest.raises(InputError, match=r"^labels: expected shape \(2, 4, 4\)"):
+        dice_cross_entropy(torch.zeros(2, 3, 4, 4), torch.zeros(shape).long())
