@@ -163,9 +163,14 @@ def _around(masks: np.ndarray) -> np.ndarray:
 
 
 def scenes(
-    split: str = "train", count: Amount = 1000, size: Size = 64, seed: Seed = 0
+    split: str = "train",
+    count: Size = 1000,
+    size: Size = 64,
+    seed: Seed = 0,
+    start: Amount = 0,
 ) -> Scenes:
-    """The first `count` scenes of a split and a seed, `size` pixels high and wide.
+    """`count` scenes of a split and a seed, `size` pixels high and wide, beginning with
+    number `start`.
 
     Raises `ConfigError` for an unknown split, impossible numbers, or without the extra
     `data`; `InputError` for a size below 32, at which a small digit can not be read.
@@ -175,6 +180,7 @@ def scenes(
         "count": (count, Size),
         "size": (size, Size),
         "seed": (seed, Seed),
+        "start": (start, Amount),
     }.items():
         check_value(name, value, kind)
     if size < 32:
@@ -182,7 +188,7 @@ def scenes(
     images = np.empty((count, 3, size, size), np.uint8)
     labels, bits, boxes, counts = [], [], [], [0]
     for i in range(count):
-        canvas, classes, masks = scene(split, i, size, seed)
+        canvas, classes, masks = scene(split, start + i, size, seed)
         seen = masks.any((1, 2))  # a small one may be covered altogether
         images[i], masks = canvas.transpose(2, 0, 1), masks[seen]
         labels.append(classes[seen])
