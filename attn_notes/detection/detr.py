@@ -244,7 +244,7 @@ def pad_images(
     if isinstance(images, Tensor):
         check_images(images, 3)
         if mask is not None:
-            check_mask_shape(mask, (len(images), *images.shape[-2:]))
+            check_mask_shape(mask, (images.shape[0], *images.shape[-2:]))
         return images, mask
     if mask is not None:
         raise InputError("mask: expected None with a list of images; got a mask")
@@ -317,7 +317,7 @@ class DETR(nn.Module, PretrainedMixin):
             places = queries = None
         mask = None if mask is None else mask.flatten(1)
         memory = self.encoder(x, places, mask)
-        start = start.expand(len(x), -1, -1)
+        start = start.expand(x.shape[0], -1, -1)
         keys = placed(memory, places)
         return memory, self.decoder(start, queries, keys, memory, mask)
 
