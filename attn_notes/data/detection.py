@@ -17,7 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .box_scores import draw_objects, one_below_the_other
+from attn_notes.data.box_scores import (
+    draw_objects,
+    one_below_the_other,
+    save_picture,
+)
 from .boxes import BoxPreprocessing, Objects, fit_picture, pad_images
 from .coco import has_split
 from .detection_evaluation import DetectionEvaluation
@@ -127,7 +131,7 @@ class DetectionAnswers(DetectionEvaluation):
         sheet = one_below_the_other(
             [answer.picture() for answer in answers if isinstance(answer, Found)]
         )
-        sheet.save(path, None if path.suffix else "png")
+        save_picture(sheet, path)
 
 # %% ../../nbs/data/32_detection.ipynb #de-reading
 def coco_names() -> list[str]:

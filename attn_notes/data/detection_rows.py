@@ -41,15 +41,16 @@ class SceneRows:
 
     def made(self, index: int) -> Scenes:
         """One of them."""
-        index = range(self.count)[index]
-        if index not in self._made:
-            self._made[index] = scenes(self.split, 1, self.size, self.seed, index)
-        return self._made[index]
+        number = range(self.count)[index]
+        if number not in self._made:
+            self._made[number] = scenes(self.split, 1, self.size, self.seed, number)
+        return self._made[number]
 
     def target(self, index: int) -> Objects:
         """The objects of a scene, and its height and width."""
-        found = self.made(index).target(0, self.masks)
-        return found | {"image_id": index, "size": (self.size, self.size)}
+        number = range(self.count)[index]
+        found = self.made(number).target(0, self.masks)
+        return found | {"image_id": number, "size": (self.size, self.size)}
 
     def __getitem__(self, index: int) -> DetectionExample:
         return self.made(index).images[0], self.target(index), self.split == "train"
@@ -134,7 +135,7 @@ class OwnRows:
         try:
             images, targets = examples
             self.images, self.training = [*images], split == "train"
-            pairs = zip(self.images, targets, strict=True)
+            pairs = [*zip(self.images, targets, strict=True)]
         except (TypeError, ValueError):
             raise InputError(
                 f"{split}: expected images, and as many dicts of objects; "
