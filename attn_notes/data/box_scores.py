@@ -83,12 +83,12 @@ def average_precision(
         true, said = (_coco(rows, len(objects), classes) for rows in both)
         measured = COCOeval(true, said, "bbox")
         ends = [0, *sizes, 1e10]
-        spans = [[0, 1e10], *([a, b] for a, b in zip(ends, ends[1:], strict=False))]
+        spans: Any = [(0, 1e10), *zip(ends, ends[1:], strict=False)]
         measured.params.areaRng = spans
         measured.evaluate()
         measured.accumulate()
         measured.summarize()
-    values = zip(STATS, measured.stats[:6].tolist(), strict=True)
+    values = zip(STATS, map(float, measured.stats[:6]), strict=True)
     return {name: value for name, value in values if value >= 0}
 
 # %% ../../nbs/data/32_box_scores.ipynb #bs-drawn

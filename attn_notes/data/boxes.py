@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
-from PIL import Image
 from torch import Tensor
 
 from ..foundations.checks import ConfigError, check_fields
@@ -157,7 +156,7 @@ def _left(target: Objects, height: int, width: int) -> Objects:
     return chosen(found, keep)
 
 # %% ../../nbs/data/31_boxes.ipynb #bx-fit
-Picture = Image.Image | Tensor  # a tensor is bytes (c h w)
+Picture = Any  # a picture of Pillow's, or bytes (c h w)
 
 
 def _resize(

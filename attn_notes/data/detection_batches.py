@@ -125,12 +125,11 @@ class DetectionBatches(DetectedObjects):
         for a file that is no image, or of another size than its annotations say."""
         image, target, training = example
         folder = not isinstance(image, Tensor)
-        picture = open_image(image) if folder else image
+        picture: Any = open_image(image) if folder else image
         if folder and picture.size != target["size"][::-1]:
-            w, h = picture.size
             raise InputError(
                 f"{image}: expected {target['size']} pixels, as its annotations say; "
-                f"got {(h, w)}"
+                f"got {picture.size[::-1]}"
             )
         target = chosen(target, target["iscrowd"] == 0)
         varied = training and self.augment and folder

@@ -82,7 +82,7 @@ class DetectionEvaluation(DetectionTraining):
     @property
     def sizes(self) -> tuple[float, float]:
         """The areas at which small and medium objects end."""
-        if (self.data or {}).get("name") != "scenes":
+        if self.data is None or self.data["name"] != "scenes":
             return COCO_SIZES
         scale = (self.data["size"] / 64) ** 2
         return SIZES[0] * scale, SIZES[1] * scale

@@ -43,7 +43,7 @@ def background(random: np.random.Generator, split: str, size: int) -> np.ndarray
     whole = _backgrounds(split)
     image = whole[random.integers(len(whole))]
     most = min(4 * size, *image.size)
-    side = random.integers(min(size, most), most + 1)
+    side = int(random.integers(min(size, most), most + 1))
     x, y = (int(random.integers(n - side + 1)) for n in image.size)
     part = image.resize(
         (size, size), Image.Resampling.BILINEAR, (x, y, x + side, y + side)
@@ -59,8 +59,8 @@ def tile(digit: np.ndarray, side: int) -> tuple[np.ndarray, Box]:
     values = np.asarray(image)
     ink = values >= min(INK, values.max())
     rows, columns = (np.flatnonzero(ink.any(axis)) for axis in (1, 0))
-    box = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return values.astype(np.float32) / 255, tuple(int(x) for x in box)
+    x0, y0, x1, y1 = (int(x[end]) for end in (0, -1) for x in (columns, rows))
+    return values.astype(np.float32) / 255, (x0, y0, x1 + 1, y1 + 1)
 
 
 def paint(
@@ -157,7 +157,7 @@ def _around(masks: np.ndarray) -> np.ndarray:
     """The boxes (n 4) around masks (n h w), none of which is empty."""
     found = []
     for axis in (1, 2):  # over rows: columns, then the other way
-        some = masks.any(axis)
+        some: Any = masks.any(axis)
         found += [some.argmax(1), some.shape[1] - some[:, ::-1].argmax(1)]
     return np.stack([found[0], found[2], found[1], found[3]], 1).astype(np.float32)
 

@@ -18,6 +18,7 @@ from attn_notes.data.panoptic import (
 from attn_notes.data.tasks import create_task, kind_of_data, load_task
 from attn_notes.foundations.checks import InputError
 from attn_notes.training.tasks import Task
+from attn_notes.zoo.registry import model_info
 
 P = BoxPreprocessing(24, 40, (0.5,) * 3, (0.5,) * 3)
 
@@ -163,6 +164,20 @@ def test_saved_and_loaded(tmp_path):
     task = create_task("panoptic_segmentation", "scenes", limit=5)
     task.save(tmp_path)
     assert type(load_task(tmp_path)) is PanopticSegmentation
+
+
+def test_classes_of_coco_fill_the_image(tmp_path):
+    info, names = (
+        model_info("detr_resnet50_panoptic"),
+        {str(i): f"{i}" for i in range(250)},
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": names}))
+    task = PanopticSegmentation.of_model(info, tmp_path)
+    assert (task.things, task.background, len(task.classes)) == (91, False, 250)
+    found = {"scores": torch.ones(2), "labels": torch.tensor([95, 95])}
+    found |= {"masks": squares((0, 4, 0.3), (4, 12, 0.4)), "boxes": torch.ones(2, 4)}
+    numbers, kept = task.segments(found, (12, 12), 0.5)
+    assert (numbers == 1).all() and len(kept["labels"]) == 1  # all sky
 
 
 @pytest.mark.no_shapes
