@@ -22,6 +22,11 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
     """Batch norm whose statistics, scale and shift never change, eq. (eq-frozen-bn);
     loads the state of a `BatchNorm2d`."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor
+    bias: Tensor
+
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         "(b c h w) to the same shape, in training and evaluation alike."
         return F.batch_norm(

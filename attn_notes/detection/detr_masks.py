@@ -68,7 +68,7 @@ class MaskHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.get_parameter("bias"), 0)
 
     def forward(
         self,

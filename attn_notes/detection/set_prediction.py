@@ -114,9 +114,14 @@ def _check_shapes(target: Mapping[str, Any], name: str, num_queries: int) -> Non
     """Raises `InputError` unless a target has boxes (n 4), labels (n) and, where it has
     any, masks (n h w), with n at most `num_queries`."""
     boxes, labels = target.get("boxes"), target.get("labels")
-    fits = isinstance(boxes, Tensor) and isinstance(labels, Tensor)
-    fits = fits and boxes.is_floating_point() and labels.dtype == torch.int64
-    if not fits or labels.ndim != 1 or boxes.shape != (len(labels), 4):
+    if not (
+        isinstance(boxes, Tensor)
+        and isinstance(labels, Tensor)
+        and boxes.is_floating_point()
+        and labels.dtype == torch.int64
+        and labels.ndim == 1
+        and boxes.shape == (len(labels), 4)
+    ):
         shapes = [tuple(getattr(x, "shape", ())) for x in (boxes, labels)]
         raise InputError(
             f"{name}: expected boxes, floating point of shape (n, 4), and labels, "
