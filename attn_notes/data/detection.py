@@ -273,9 +273,7 @@ class Detection(StoredDetection):
             if image_size is not None:
                 given = given.scaled(check_value("image_size", image_size, Size))
             return cls.of_folder(data, given, augment)
-        half: Any = {} if preprocessing else {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-        given = replace(given.scaled(data["size"]), **half)
-        return cls(DIGITS, given, data, augment=augment)
+        return cls(DIGITS, given.scaled(data["size"]), data, augment=augment)
 
     @classmethod
     def of_folder(

@@ -45,7 +45,11 @@ def test_it_is_a_task():
 def test_a_batch_of_scenes():
     task, made = create_task("detection", "scenes", seed=3), scenes("train", 2, seed=3)
     batch = batch_of(task, count=2)
-    expected = (made.images / 255 - 0.5) / 0.5
+    mean, std = (
+        torch.tensor(x).view(3, 1, 1)
+        for x in (task.preprocessing.mean, task.preprocessing.std)
+    )
+    expected = (made.images / 255 - mean) / std
     torch.testing.assert_close(batch["images"], expected)
     assert batch["mask"].all() and batch["mask"].shape == (2, 64, 64)
     for i, target in enumerate(batch["targets"]):
@@ -306,7 +310,8 @@ def test_a_single_file_has_the_classes_of_coco():
     assert len(task.classes) == 91 and task.classes.count("N/A") == 11
     assert task.classes[1] == "person" and task.classes == coco_names()
     tiny = Detection.preprocessing_of(model_info("detr_tiny"), None)
-    assert (tiny.shortest, tiny.longest, tiny.mean) == (64, 107, (0.5,) * 3)
+    assert tiny == create_task("detection").preprocessing
+    assert (tiny.shortest, tiny.longest) == (64, 107)
 
 
 # bad input
