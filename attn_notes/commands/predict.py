@@ -87,6 +87,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_k": (at_least_one, "N", "draw from the N likeliest tokens"),
     "top_p": (number, "P", "draw from the likeliest tokens that sum to P"),
     "seed": (seed, "N", "which random numbers are drawn"),
+    "threshold": (number, "X", "how sure of an object a detector must be, up to 1"),
 }
 
 
@@ -114,8 +115,9 @@ def options_for(task: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 # %% ../../nbs/commands/06_predict.ipynb #50edb48b
 def predict_command(arguments: argparse.Namespace) -> int:
     """Print what a trained model makes of each input, a line each; exit code 1 when
-    some of the inputs could not be read, 2 when none could. Raises `InputError` for a
-    task that makes a file, such as an image, and no place for it."""
+    some of the inputs could not be read, 2 when none could. A task with
+    `write_answers` makes a file, such as an image: raises `InputError` where there is
+    no place for it, unless the task has a `line` for each answer too."""
     from attn_notes.foundations.checks import InputError
 
     output = (
@@ -124,7 +126,8 @@ def predict_command(arguments: argparse.Namespace) -> int:
     inputs = read_inputs(arguments.inputs)
     task, folder = find_task(arguments)
     options = options_for(task, arguments)
-    if output is None and hasattr(task, "write_answers"):
+    makes_file = hasattr(task, "write_answers")
+    if output is None and makes_file and not hasattr(task, "line"):
         raise InputError("--output: expected a file for what the task makes; got none")
     model = load_model(arguments.name, folder)
     inputs = expand_inputs(task, inputs)
@@ -133,7 +136,8 @@ def predict_command(arguments: argparse.Namespace) -> int:
     at_once = getattr(task, "at_once", at_once)
     found = iter(answer_in_turn(predict, read, at_once))
     answers = [x if isinstance(x, Exception) else next(found) for _, x in inputs]
-    answers = as_lines(task, inputs, answers)
+    if output is None or not makes_file:
+        answers = as_lines(task, inputs, answers)
     refused = [answer for answer in answers if isinstance(answer, Exception)]
     for error in refused:
         say(error)
@@ -160,6 +164,7 @@ def add_prediction(commands: Any) -> None:
       --pretrained Helsinki-NLP/opus-mt-en-fr "It rains."
   attn-notes predict vit_base_patch16_224 --pretrained B_16.npz cat.jpg photographs/
   attn-notes predict igpt_book digit.png --output completed.png
+  attn-notes predict detr_tiny scene.png --output boxes.png
   attn-notes predict unetr_tiny brain.nii.gz --output tissues.nii.gz""",
     )
     one.add_argument("name", type=word)
@@ -179,9 +184,10 @@ def add_prediction(commands: Any) -> None:
     one.add_argument(
         "--output",
         metavar="PATH",
-        help="a file for the answers, instead of the standard output",
+        help="a file for the answers, instead of the standard output; where these are "
+        "images, or can be drawn on them, an image",
     )
-    generation = one.add_argument_group("options of tasks that generate")
+    generation = one.add_argument_group("options of some tasks")
     for name, (kind, letter, meaning) in OPTIONS.items():
         flag = f"--{name.replace('_', '-')}"
         generation.add_argument(flag, type=kind, metavar=letter, help=meaning)

@@ -215,6 +215,8 @@ def add_training(commands: Any) -> None:
   attn-notes train deit_small_distilled_patch16_224 --recipe paper \\
       --teacher regnet_y_16gf --teacher-weights regnet.pth \\
       --data imagenet --data-dir DIR --output runs/deit
+  attn-notes train detr_resnet50 --recipe paper \\
+      --data coco --data-dir DIR --output runs/detr
   attn-notes train unetr_base --recipe paper --data btcv --data-dir DIR \\
       --output runs/unetr
   torchrun --nproc-per-node 8 --no-python \\

@@ -77,6 +77,8 @@ KINDS = {
         "attn_notes.data.image_generation",
         ("mnist", "digits", "photographs", "imagenet"),
     ),
+    "detection": TaskKind("attn_notes.data.detection", ("scenes", "coco")),
+    "panoptic_segmentation": TaskKind("attn_notes.data.panoptic", ("scenes",)),
     "volume_segmentation": TaskKind(
         "attn_notes.data.volume_segmentation", ("mni", "msd", "btcv")
     ),

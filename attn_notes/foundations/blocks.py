@@ -121,14 +121,16 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Identity() if norm is None else norm
 
+    def call_layer(self, layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
+        "One layer, computed again in the backward pass where that is wanted."
+        if self.gradient_checkpointing and self.training and not is_recorded(self):
+            return checkpoint(layer, x, *args, use_reentrant=False, **kwargs)
+        return layer(x, *args, **kwargs)
+
     def forward(self, x: Float[Tensor, "b n d"], *args, **kwargs) -> Tensor:
         "(b n d) to (b n d); the other arguments are handed to every layer."
-        again = self.gradient_checkpointing and self.training and not is_recorded(self)
         for layer in self.layers:
-            if again:
-                x = checkpoint(layer, x, *args, use_reentrant=False, **kwargs)
-            else:
-                x = layer(x, *args, **kwargs)
+            x = self.call_layer(layer, x, *args, **kwargs)
         return self.norm(x)
 
 # %% ../../nbs/foundations/04_blocks.ipynb #b32d0daf

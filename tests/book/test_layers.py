@@ -47,6 +47,16 @@ ANCESTORS = {
     "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
     "vision.deit": ("vision.vit",),
     "vision.igpt": ("language.gpt",),
+    "detection.set_prediction": (),
+    "detection.detr_backbone": (),
+    "detection.detr_masks": (),
+    "detection.detr_formats": (),
+    "detection.detr": (
+        "detection.detr_backbone",
+        "detection.detr_formats",
+        "detection.detr_masks",
+        "detection.set_prediction",
+    ),
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
 }
