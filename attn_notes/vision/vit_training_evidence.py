@@ -6,8 +6,8 @@
 __all__ = ['SMALL', 'RECIPE', 'RATES', 'SIZES', 'COLOUR', 'COLOUR_RATES', 'CHOICES', 'PATCHES', 'PATCH_RATES', 'PATCH_4', 'WAYS',
            'FACTORS', 'ConvNet', 'Digits', 'digits', 'network', 'fit', 'percent', 'try_rate', 'train_sizes',
            'ColourNet', 'colour_network', 'photographs', 'left_parts', 'try_colour_rate', 'train_photographs',
-           'RowsAndColumns', 'set_positions', 'train_choices', 'train_patches', 'enlarged', 'change_resolution',
-           'AveragedDigits', 'average_weights']
+           'RowsAndColumns', 'set_positions', 'train_choices', 'try_patch_rate', 'train_patches', 'enlarged',
+           'change_resolution', 'AveragedDigits', 'average_weights']
 
 # %% ../../nbs/vision/02_vit_training_evidence.ipynb #vt-imports
 import time
@@ -278,11 +278,29 @@ def train_choices(seed: int, pool: str, positions: str, learning_rate: float) ->
     set_positions(net, positions)
     return {"accuracy": fit(net, task, seed, learning_rate=learning_rate)}
 
-# %% ../../nbs/vision/02_vit_training_evidence.ipynb #vt-patches
+# %% ../../nbs/vision/02_vit_training_evidence.ipynb #vt-patch-rates
 PATCHES = (14, 7, 4)
 PATCH_RATES = {14: 3e-3, 7: RATES["vit"], 4: 3e-3}
 
 
+@experiment(
+    "vit_training",
+    "patch_rates",
+    [
+        {"patch": patch, "learning_rate": rate}
+        for patch in PATCHES
+        if patch != SMALL["patch_size"]
+        for rate in (1e-3, 3e-3, 1e-2)
+    ],
+    seeds=(99,),
+)
+def try_patch_rate(seed: int, patch: int, learning_rate: float) -> dict:
+    "Train on 1,000 digits; accuracy on the whole training set, of which they are part."
+    net = network("vit", seed, patch_size=patch)
+    fit(net, digits(1000, seed), seed, learning_rate=learning_rate)
+    return {"accuracy": percent(net, digits(None, seed), "train")}
+
+# %% ../../nbs/vision/02_vit_training_evidence.ipynb #vt-patches
 @experiment(
     "vit_training",
     "patches",
