@@ -3941,6 +3941,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                                   'attn_notes/vision/vit_training_evidence.py'),
                                                          'attn_notes.vision.vit_training_evidence.try_colour_rate': ( 'vision/vit_training_evidence.html#try_colour_rate',
                                                                                                                       'attn_notes/vision/vit_training_evidence.py'),
+                                                         'attn_notes.vision.vit_training_evidence.try_patch_rate': ( 'vision/vit_training_evidence.html#try_patch_rate',
+                                                                                                                     'attn_notes/vision/vit_training_evidence.py'),
                                                          'attn_notes.vision.vit_training_evidence.try_rate': ( 'vision/vit_training_evidence.html#try_rate',
                                                                                                                'attn_notes/vision/vit_training_evidence.py')},
             'attn_notes.vision.windows': { 'attn_notes.vision.windows.PositionBias': ( 'vision/windows.html#positionbias',
