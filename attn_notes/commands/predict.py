@@ -129,8 +129,10 @@ def predict_command(arguments: argparse.Namespace) -> int:
     makes_file = hasattr(task, "write_answers")
     if output is None and makes_file and not hasattr(task, "line"):
         raise InputError("--output: expected a file for what the task makes; got none")
-    model = load_model(arguments.name, folder)
     inputs = expand_inputs(task, inputs)
+    if output is not None and hasattr(task, "check_output"):
+        task.check_output(output, len(inputs))
+    model = load_model(arguments.name, folder)
     read = [pair for pair in inputs if not isinstance(pair[1], Exception)]
     predict, at_once = partial(task.predict, model, **options), len(read) or 1
     at_once = getattr(task, "at_once", at_once)

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['COCO_SIZES', 'STATS', 'COLOURS', 'LEAST', 'average_precision', 'colour_of', 'enlarged', 'coloured', 'draw_objects',
-           'one_below_the_other', 'save_picture']
+           'one_below_the_other']
 
 # %% ../../nbs/data/32_box_scores.ipynb #bs-imports
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,14 +175,3 @@ def one_below_the_other(pictures: Sequence[Image.Image]) -> Image.Image:
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (0, sum(p.height for p in pictures[:i])))
     return sheet
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture in the format that its name says; PNG where it says none. Raises
-    `InputError` for a name that says another."""
-    known = Image.registered_extensions()
-    if path.suffix and known.get(path.suffix.lower()) not in Image.SAVE:
-        raise InputError(
-            f"{path}: expected the name of an image, such as found.png; got {path.name}"
-        )
-    picture.save(path, None if path.suffix else "png")

@@ -17,18 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from attn_notes.data.box_scores import (
-    draw_objects,
-    one_below_the_other,
-    save_picture,
-)
+from .box_scores import draw_objects, one_below_the_other
 from .boxes import BoxPreprocessing, Objects, fit_picture, pad_images
 from .coco import has_split
 from .detection_evaluation import DetectionEvaluation
 from .detection_rows import detection_data, read_detection_rows
 from .image_classification import PROCESSOR, StoredImages
 from .image_sets import SPLITS
-from .images import as_picture
+from .images import as_picture, check_picture_name, save_picture
 from .scenes import DIGITS
 from .tasks import TASK_FILE, read_task, register_task, write_task
 from .text_task import read_config
@@ -125,6 +121,10 @@ class DetectionAnswers(DetectionEvaluation):
     def line(self, given: str, answer: Found) -> str:
         """An answer as the command line prints it, in JSON."""
         return json.dumps({"image": given, "objects": answer.objects})
+
+    def check_output(self, path: Path, count: int) -> None:
+        """Raises `InputError` for a name that is none of an image's."""
+        check_picture_name(path)
 
     def write_answers(self, answers: Sequence, path: Path) -> None:
         """Write the images with what was found in them, one below the other."""

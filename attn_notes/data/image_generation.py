@@ -24,6 +24,7 @@ from attn_notes.data.image_classification import (
 )
 from .image_sequences import StoredSequences
 from .image_sets import IMAGE_SETS
+from .images import check_picture_name, save_picture
 from .labelled_task import class_logits
 from .tasks import register_task
 from .text_task import on_device
@@ -121,13 +122,17 @@ class ImageGeneration(StoredSequences):
 
     at_once = BATCH
 
+    def check_output(self, path: Path, count: int) -> None:
+        """Raises `InputError` for a name that is none of an image's."""
+        check_picture_name(path)
+
     def write_answers(self, answers: Sequence, path: Path) -> None:
         """Write the completed images side by side, as one image."""
         images = [one for one in answers if isinstance(one, Image.Image)]
         sheet = Image.new(images[0].mode, (len(images) * self.side, self.side))
         for i, image in enumerate(images):
             sheet.paste(image, (i * self.side, 0))
-        sheet.save(path, None if path.suffix else "png")
+        save_picture(sheet, path)
 
 # %% ../../nbs/data/29_image_generation.ipynb #in-classes
 @register_task("image_sequence_classification", data=(*IMAGE_SETS, "imagenet"))

@@ -184,15 +184,20 @@ class VolumeAnswers(VolumeTraining):
                 found.append(Segmentation(labels, volume, tuple(self.classes)))
         return found
 
-    def write_answers(self, answers: Sequence, path: Path) -> None:
-        """Write the labels of the one volume that was answered. Raises `InputError` for
-        several."""
-        found = [one for one in answers if isinstance(one, Segmentation)]
-        if len(found) != 1:
+    def check_output(self, path: Path, count: int) -> None:
+        """Raises `InputError` for several volumes, as a file is of one, and for a name
+        that is none of NIfTI's."""
+        if not path.name.endswith((".nii", ".nii.gz")):
             raise InputError(
-                f"--output: expected one volume for one file; got {len(found)}"
+                f"--output: expected a name in .nii or .nii.gz; got {path.name}"
             )
-        found[0].write(path)
+        if count != 1:
+            raise InputError(f"--output: expected one volume for one file; got {count}")
+
+    def write_answers(self, answers: Sequence, path: Path) -> None:
+        """Write the labels of the one volume that was answered."""
+        (found,) = (one for one in answers if isinstance(one, Segmentation))
+        found.write(path)
 
 
 def as_volume(given: Any, where: str = "volume") -> Volume:

@@ -227,6 +227,8 @@ def test_half_an_image_is_completed(run, refused, capsys, tmp_path):
     image.save(tmp_path / "digit.png")
     argv = "predict", "igpt_book", tmp_path / "digit.png"
     assert "--output: expected a file" in refused(*argv)
+    other = "--output", tmp_path / "completed.text"  # said before any work
+    assert "expected the name of an image" in refused(*argv, *other)
     output = "--output", tmp_path / "completed.png"
     assert run(*argv, tmp_path / "nothing.png", *output, "--seed", 1) == 1
     assert "nothing.png: expected an image" in capsys.readouterr().err

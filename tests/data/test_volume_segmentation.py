@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -283,8 +284,10 @@ def test_bad_input(folder):
         task.evaluate(an.create_model("unetr_tiny", out_channels=14, **SMALL))
     with pytest.raises(InputError, match="a list of volumes"):
         task.predict(model(), "a.nii")
-    with pytest.raises(InputError, match="one volume for one file; got 0"):
-        task.write_answers([], "out.nii")
+    with pytest.raises(InputError, match="one volume for one file; got 2"):
+        task.check_output(Path("out.nii"), 2)
+    with pytest.raises(InputError, match="in .nii or .nii.gz; got out.png"):
+        task.check_output(Path("out.png"), 1)
     with pytest.raises(ConfigError, match="data_dir"):
         create_task(KIND, "mni", folder)
     with pytest.raises(InputError, match="data_dir: expected a folder"):
