@@ -13,12 +13,16 @@ import time
 import warnings
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 from PIL import Image
 
 import attn_notes as an
 from attn_notes.cli import main
+from attn_notes.data.brain import hard_brain
 from attn_notes.data.image_sets import image_set
+from attn_notes.data.scenes import scenes
 from attn_notes.zoo.registry import weights_folder
 
 ROOT = Path(__file__).parents[1]
@@ -862,6 +866,10 @@ def test_examples_of_shipped_models_are_within_their_reach(
     monkeypatch.chdir(tmp_path)
     digit = image_set("mnist", "valid")[0][0]
     Image.fromarray(digit[0].numpy()).save("digit.png")
+    scene = scenes("valid", 1).images[0].permute(1, 2, 0)
+    Image.fromarray(scene.numpy()).save("scene.png")
+    brain = hard_brain("valid", size=(40, 32, 36))[0][0].numpy()
+    nibabel.save(nibabel.Nifti1Image(brain, np.eye(4)), "brain.nii.gz")
     tried = 0
     for example in all_examples:
         words = shlex.split(example.split("<")[0])[1:]
