@@ -216,7 +216,7 @@ def skip_path(hidden_size: int, channels: int, steps: int, norm: Norm) -> nn.Seq
         path += [doubled(channels, channels), ResBlock(channels, channels, norm)]
     return nn.Sequential(*path)
 
-
+# %% ../../nbs/segmentation/01_unetr.ipynb #unetr-step
 class DecoderBlock(nn.Module):
     """One step up: twice the resolution, beside the skip connection of that resolution,
     and a residual block over both."""
