@@ -7,7 +7,6 @@ __all__ = ['NORMS', 'Norm', 'TINY', 'PAPER', 'OFFICIAL', 'BOOK', 'SIZES', 'SMALL
            'unetr_block', 'VolumeEncoder', 'ResBlock', 'doubled', 'skip_path', 'DecoderBlock', 'UNETR']
 
 # %% ../../nbs/segmentation/01_unetr.ipynb #unetr-imports
-#| code-fold: true
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,7 +216,7 @@ def skip_path(hidden_size: int, channels: int, steps: int, norm: Norm) -> nn.Seq
         path += [doubled(channels, channels), ResBlock(channels, channels, norm)]
     return nn.Sequential(*path)
 
-
+# %% ../../nbs/segmentation/01_unetr.ipynb #unetr-step
 class DecoderBlock(nn.Module):
     """One step up: twice the resolution, beside the skip connection of that resolution,
     and a residual block over both."""
@@ -280,7 +279,6 @@ class UNETR(nn.Module, PretrainedMixin):
         return {"volumes": torch.randn(shape, device=device)}
 
 # %% ../../nbs/segmentation/01_unetr.ipynb #unetr-recipes
-#| code-fold: true
 TINY = Recipe(
     optimizer="adamw",
     learning_rate=3e-3,
@@ -309,7 +307,6 @@ OFFICIAL = Recipe(  # 5,000 epochs of 24 volumes, 50 of them warm-up; 4 crops of
 )
 
 # %% ../../nbs/segmentation/01_unetr.ipynb #unetr-register
-#| code-fold: true
 BOOK: dict[str, Any] = {
     "out_channels": 4,
     "img_size": (32, 32, 32),
