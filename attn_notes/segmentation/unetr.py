@@ -336,7 +336,7 @@ register_models(
             "parameters": COUNTS[name][0],
             "macs": COUNTS[name][1],
             "input_size": (config.in_channels, *config.img_size),
-            "tiny": {} if name == "unetr_tiny" else SMALL,  # that one is small itself
+            "tiny": BOOK if name == "unetr_tiny" else SMALL,
         }
         for name, config in SIZES.items()
     },
