@@ -19,8 +19,8 @@ READING = [
     ("The Transformer", ["sequence/*"]),
     ("Language", ["language/*"]),
     ("Vision", ["vision/0[1-9]_*", "vision/*"]),  # what chapters share stands last
-    ("Detection", ["detection/*"]),
-    ("Segmentation", ["segmentation/*"]),
+    ("Detection", ["detection/0[1-9]_*", "detection/*"]),
+    ("Segmentation", ["segmentation/0[1-9]_*", "segmentation/*"]),
     ("Efficient attention", ["efficient/*"]),
     ("Workshop: training", ["training/*"]),
     ("Workshop: data", ["data/*"]),
