@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..foundations.checks import ConfigError, check_fields
 from ..foundations.values import Positive, Size
+from ..zoo.registry import IMAGENET
 
 # %% ../../nbs/data/31_boxes.ipynb #bx-preprocessing
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class BoxPreprocessing:
 
     shortest: Size = 800  # pixels of the shorter side,
     longest: Size = 1333  # and of the longer one at most
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of each channel, from 0 to 1
-    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = IMAGENET["mean"]  # of each channel, from 0 to 1
+    std: tuple[Positive, ...] = IMAGENET["std"]
 
     def __post_init__(self) -> None:
         check_fields(self)
