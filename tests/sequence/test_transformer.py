@@ -1036,9 +1036,9 @@ def test_a_forward_makes_few_calls():
     inputs = example_inputs("transformer_tiny")
     plain = {k: v for k, v in inputs.items() if k.endswith("input_ids")}
     calls, files = count_calls(model, **plain)
-    assert calls <= 39 and files <= 5
+    assert calls <= 43 and files <= 5  # one a layer is the stack's `call_layer`
     calls, files = count_calls(model, **inputs)  # two calls for the mask of each layer
-    assert calls <= 55 and files <= 6
+    assert calls <= 59 and files <= 6
 
 
 # ---- where it runs (at its published sizes, compiled, in other precisions, from files:
