@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .box_scores import draw_objects, one_below_the_other
-from .boxes import BoxPreprocessing, Objects, fit_picture, pad_images
+from .boxes import BoxPreprocessing, Objects, fit_picture
 from .coco import has_split
 from .detection_evaluation import DetectionEvaluation
 from .detection_rows import detection_data, read_detection_rows
@@ -30,6 +30,7 @@ from .tasks import TASK_FILE, read_task, register_task, write_task
 from .text_task import read_config
 from .translation_task import inference
 from ..foundations.checks import CheckpointError, InputError, check_value
+from ..foundations.masks import pad_images
 from ..foundations.values import Range, Size
 from ..training.stream import to_device
 from ..zoo.registry import ModelInfo, override

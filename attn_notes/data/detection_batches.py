@@ -20,7 +20,6 @@ from attn_notes.data.boxes import (
     Objects,
     chosen,
     fit_picture,
-    pad_images,
 )
 from .coco import CocoRows
 from attn_notes.data.detection_rows import (
@@ -30,6 +29,7 @@ from attn_notes.data.detection_rows import (
 )
 from .images import open_image
 from ..foundations.checks import ConfigError, InputError, check_value
+from ..foundations.masks import pad_images
 from ..training.recipes import Recipe
 from ..training.stream import ignore_interrupts
 

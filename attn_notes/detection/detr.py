@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'PAPER', 'BOOK', 'SIZES', 'COUNTS', 'DETRConfig', 'SinePositions', 'placed', 'DETRBlock', 'DETREncoderBlock',
-           'DETRDecoderBlock', 'DETRDecoder', 'DETROutput', 'BoxHead', 'pad_images', 'smaller_mask', 'DETR']
+           'DETRDecoderBlock', 'DETRDecoder', 'DETROutput', 'BoxHead', 'as_batch', 'smaller_mask', 'DETR']
 
 # %% ../../nbs/detection/01_detr.ipynb #detr-imports
 import math
@@ -42,6 +42,7 @@ from attn_notes.foundations.checks import (
     check_images,
     check_mask_shape,
 )
+from ..foundations.masks import pad_images
 from ..foundations.values import Depth, NonNegative, Rate, Size
 from ..training.recipes import Recipe
 from ..zoo.hub import PretrainedMixin
@@ -239,7 +240,7 @@ class BoxHead(nn.Module):
         return self.layers[-1](x).sigmoid()
 
 # %% ../../nbs/detection/01_detr.ipynb #detr-pad
-def pad_images(
+def as_batch(
     images: Sequence[Tensor] | Tensor, mask: Tensor | None = None
 ) -> tuple[Float[Tensor, "b 3 h w"], Bool[Tensor, "b h w"] | None]:
     """Images of different sizes as one batch (b 3 h w), zero on the right and below,
@@ -257,19 +258,8 @@ def pad_images(
     for i, image in enumerate(images):
         one = image[None] if isinstance(image, Tensor) else image
         check_images(one, 3, f"images[{i}]")
-    sizes = [image.shape[-2:] for image in images]
-    height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    padded = [
-        F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2])) for x in images
-    ]
-    if len(set(sizes)) == 1:
-        return torch.stack(padded), None
-    mask = torch.zeros(
-        len(images), height, width, dtype=torch.bool, device=padded[0].device
-    )
-    for row, (h, w) in zip(mask, sizes, strict=True):
-        row[:h, :w] = True
-    return torch.stack(padded), mask
+    batch, mask = pad_images(images)
+    return batch, None if len({image.shape for image in images}) == 1 else mask
 
 
 def smaller_mask(
@@ -333,7 +323,7 @@ class DETR(nn.Module, PretrainedMixin):
         """N predictions for each of a list of images (3 h w), or of a batch padded on
         the right and below, whose `mask` is True on real pixels. Raises `InputError`
         for other shapes and types."""
-        images, mask = pad_images(images, mask)
+        images, mask = as_batch(images, mask)
         maps = self.backbone(images.to(self.projection.weight.dtype))
         features = self.projection(maps[-1])
         if mask is not None:
@@ -419,11 +409,11 @@ class DETR(nn.Module, PretrainedMixin):
 TINY = Recipe(
     optimizer="adamw",
     learning_rate=1e-3,
-    lr_scales={"backbone.*": 0.1},
+    lr_scales={"backbone.*": 0.5},
     weight_decay=1e-4,
     schedule="linear",
     warmup_steps=200,
-    max_steps=20_000,
+    max_steps=52_000,
     batch_size=16,
     max_grad_norm=0.1,
 )

@@ -21,7 +21,7 @@ from attn_notes.detection.detr import (
     SIZES,
     DETRConfig,
     SinePositions,
-    pad_images,
+    as_batch,
 )
 from attn_notes.detection.detr_backbone import (
     FrozenBatchNorm,
@@ -179,7 +179,7 @@ def test_outputs_and_gradients_equal_transformers(masks, dilation, training, tmp
     assert (model.config.masks, model.config.dilation) == (masks, dilation)
     model, theirs = model.double().train(training), theirs.double().train(training)
     x = images((64, 90), (70, 50))
-    padded, mask = pad_images(x)
+    padded, mask = as_batch(x)
     found, expected = model(x), theirs(padded, pixel_mask=mask.long())
     both = [(found.pred_logits, expected.logits)]
     both += [(found.pred_boxes, expected.pred_boxes)]
@@ -579,11 +579,11 @@ def test_the_papers_recipe():
 
 def test_images_of_different_sizes_become_one_batch():
     x = images((5, 9), (7, 4))
-    batch, mask = pad_images(x)
+    batch, mask = as_batch(x)
     assert batch.shape == (2, 3, 7, 9) and mask.sum((1, 2)).tolist() == [45, 28]
     assert torch.equal(batch[1, :, :7, :4], x[1]) and not batch[1, :, :, 4:].any()
-    assert pad_images(x[:1])[1] is None
-    batch, mask = pad_images(torch.stack(images((5, 9), (5, 9))))
+    assert as_batch(x[:1])[1] is None
+    batch, mask = as_batch(torch.stack(images((5, 9), (5, 9))))
     assert batch.shape == (2, 3, 5, 9) and mask is None
 
 

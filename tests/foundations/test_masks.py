@@ -13,6 +13,7 @@ from attn_notes.foundations.masks import (
     expand_mask,
     lengths_mask,
     merge_masks,
+    pad_images,
     padding_mask,
 )
 
@@ -22,6 +23,13 @@ def test_lengths_mask_counts(lengths, n):
     mask = lengths_mask(torch.tensor(lengths), n)
     assert mask.sum(-1).tolist() == [min(length, n) for length in lengths]
     assert (mask[:, 1:] <= mask[:, :-1]).all()  # real tokens first
+
+
+def test_padded_images_and_their_mask():
+    images = [torch.ones(3, 5, 7), torch.ones(3, 6, 2)]
+    batch, mask = pad_images(images)
+    assert batch.shape == (2, 3, 6, 7) and batch.sum() == 3 * mask.sum()
+    assert mask[1, :, :2].all() and not mask[1, :, 2:].any()
 
 
 def test_padding_mask_agrees_with_lengths():

@@ -60,6 +60,7 @@ html_theme_options = {
     "max_navbar_depth": 2,
     "show_toc_level": 2,
     "home_page_in_toc": True,
+    "collapse_navbar": True,  # the sidebar opens the chapter of the page alone
     "toc_title": "On this page",
     "footer_content_items": [],
     "navbar_persistent": [],
