@@ -160,8 +160,10 @@ def statements_table(notebook: Notebook, claims: dict[str, Claim]) -> str:
         return ""
     return (
         "## What the notes say\n\n"
-        '<table class="table statements"><thead><tr><th>Statement</th><th>Verdict, '
-        f"and the cell behind it</th></tr></thead><tbody>{''.join(rows)}</tbody>"
+        "This book began as reading notes. These are their statements on this chapter; "
+        "each verdict leads to the cell that tested it.\n\n"
+        '<table class="table statements"><thead><tr><th>Statement</th><th>Verdict'
+        f"</th></tr></thead><tbody>{''.join(rows)}</tbody>"
         "</table>"
     )
 
