@@ -46,6 +46,7 @@ ANCESTORS = {
     "vision.swin": ("vision.windows", "vision.swin_formats"),
     "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
     "vision.deit": ("vision.vit",),
+    "vision.lvvit": ("vision.vit",),
     "vision.igpt": ("language.gpt",),
     "vision.cvt_formats": (),
     "vision.cvt": ("vision.cvt_formats",),
