@@ -277,7 +277,7 @@ TINY = Recipe(
     weight_decay=0.05,
     schedule="cosine",
     warmup_steps=100,
-    max_steps=1000,
+    max_steps=800,
     batch_size=64,
     max_grad_norm=1.0,
 )
