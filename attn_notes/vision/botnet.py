@@ -247,7 +247,7 @@ TINY = Recipe(
     schedule="cosine",
     warmup_steps=50,
     max_steps=600,
-    batch_size=64,
+    batch_size=32,
     max_grad_norm=1.0,
 )
 # 350 epochs of 1,281,167 images; rate, decay and warm-up are the usual ones of ResNets

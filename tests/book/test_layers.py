@@ -45,6 +45,8 @@ ANCESTORS = {
     "vision.swin_formats": (),
     "vision.swin": ("vision.windows", "vision.swin_formats"),
     "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
+    "vision.botnet_formats": (),
+    "vision.botnet": ("vision.botnet_formats",),
     "vision.deit": ("vision.vit",),
     "vision.lvvit_formats": ("vision.vit",),
     "vision.lvvit": ("vision.lvvit_formats", "vision.vit"),
