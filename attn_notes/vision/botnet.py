@@ -160,7 +160,8 @@ class Block(Bottleneck):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        nn.init.zeros_(self.bn3.weight)  # a block begins as its shortcut
+        last: Any = self.bn3
+        nn.init.zeros_(last.weight)  # a block begins as its shortcut
         if side is not None:
             self.conv2 = SpatialAttention(width, config.num_heads, side, stride)
 
