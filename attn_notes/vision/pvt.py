@@ -123,13 +123,18 @@ class PVTBlock(EncoderBlock):
             self.reduction = SpatialReduction(width, ratio, config.conv_norm_eps)
         init_normal_(self.attention), init_normal_(self.feed_forward)
 
+    def attend(
+        self, x: Float[Tensor, "b n d"], sides: tuple[int, int]
+    ) -> Float[Tensor, "b n d"]:
+        "Attention of the tokens to their reduced map, or to themselves."
+        reduced = None if self.reduction is None else self.reduction(x, sides)
+        return self.attention(x, reduced)
+
     def forward(
         self, x: Float[Tensor, "b n d"], sides: tuple[int, int]
     ) -> Float[Tensor, "b n d"]:
         "Tokens (b n d) of maps of these sides."
-        y = self.norm1(x)
-        keys = None if self.reduction is None else self.reduction(y, sides)
-        x = x + self.dropout(self.attention(y, keys))
+        x = x + self.dropout(self.attend(self.norm1(x), sides))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 # %% ../../nbs/vision/06_pvt.ipynb #pvt-stage
@@ -240,11 +245,11 @@ def as_map(x: Float[Tensor, "b n d"], sides: tuple[int, int]) -> Tensor:
 # %% ../../nbs/vision/06_pvt.ipynb #pvt-recipes
 TINY = Recipe(
     optimizer="adamw",
-    learning_rate=3e-3,
+    learning_rate=1e-3,
     weight_decay=0.05,
     schedule="cosine",
     warmup_steps=50,
-    max_steps=600,
+    max_steps=400,
     batch_size=64,
     max_grad_norm=1.0,
 )

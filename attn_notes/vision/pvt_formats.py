@@ -140,18 +140,18 @@ def hf_to_ours(state: StateDict, model: Any) -> StateDict:
 def hf_config(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `PVTConfig` in a config.json of transformers. Raises `ConfigError`
     for another kind of model, and for settings that no published PVT has."""
-    patches = list(stored.get("patch_sizes", (4, 2, 2, 2)))
+    patches = [4, *[2] * (len(stored.get("depths", range(4))) - 1)]
     for name, allowed in (
         ("model_type", "pvt"),
         ("hidden_act", "gelu"),
         ("qkv_bias", True),
+        ("patch_sizes", patches),
         ("strides", patches),
-        ("patch_sizes", [*patches[:1], *[2] * len(patches[1:])]),
         ("attention_probs_dropout_prob", 0.0),
     ):
         if stored.get(name, allowed) != allowed:
             raise ConfigError(f"{name}: expected {allowed}; got {stored[name]!r}")
-    values = {"patch_size": patches[0]}
+    values = {}
     for ours, theirs in (
         ("img_size", "image_size"),
         ("in_chans", "num_channels"),
@@ -162,12 +162,13 @@ def hf_config(stored: Mapping[str, Any]) -> dict[str, Any]:
         ("sr_ratios", "sequence_reduction_ratios"),
         ("dropout", "hidden_dropout_prob"),
         ("drop_path_rate", "drop_path_rate"),
+        ("num_classes", "num_labels"),
     ):
         values |= {ours: stored[theirs]} if theirs in stored else {}
     eps = stored.get("layer_norm_eps", 1e-6)
     values |= {"norm_eps": eps, "conv_norm_eps": eps}
-    if stored.get("id2label"):
-        values["num_classes"] = len(stored["id2label"])
+    if stored.get("id2label"):  # older versions store no number
+        values.setdefault("num_classes", len(stored["id2label"]))
     return values
 
 
