@@ -47,6 +47,8 @@ ANCESTORS = {
     "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
     "vision.botnet_formats": (),
     "vision.botnet": ("vision.botnet_formats",),
+    "vision.pvt_formats": (),
+    "vision.pvt": ("vision.pvt_formats",),
     "vision.deit": ("vision.vit",),
     "vision.lvvit_formats": ("vision.vit",),
     "vision.lvvit": ("vision.lvvit_formats", "vision.vit"),
