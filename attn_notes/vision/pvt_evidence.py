@@ -101,7 +101,7 @@ def pvt_macs(config: PVTConfig, img_size: int | None = None) -> dict[str, int]:
     return macs | {"head": before * config.num_classes}
 
 # %% ../../nbs/vision/06_pvt_evidence.ipynb #pe-cost
-RATIOS, MAPS = (1, 2, 4, 8), (28, 56, 112)
+RATIOS, MAPS = (1, 2, 4, 8), (32, 64, 128)
 
 
 def attention_layer(ratio: int) -> PVTBlock:
@@ -218,7 +218,7 @@ def try_rate(seed: int, model: str, learning_rate: float) -> dict:
 )
 def train_beside(seed: int, model: str) -> dict:
     "Train on 4,000 squares; accuracy, parameters, multiply-adds, processor seconds."
-    net, task = network(model, seed), photographs(None, seed)
+    net, task = network(model, seed), photographs(4000, seed)
     rate, begun = RATES[model.split()[0]], time.process_time()
     accuracy = fit(net, task, seed, learning_rate=rate, **SHORT)
     return {
