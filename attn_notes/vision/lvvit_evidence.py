@@ -167,7 +167,7 @@ def train_labels(seed: int, way: str) -> dict:
     train(model, squares(way, seed), replace(RECIPE, seed=seed), progress=False)
     return examine(model)
 
-# %% ../../nbs/vision/09_lvvit_evidence.ipynb #20ed876b
+# %% ../../nbs/vision/09_lvvit_evidence.ipynb #le-release-fn
 def fit_release() -> tuple[LVViT, Any]:
     "The model that ships, trained, and its task."
     way = "patches, mixed"
