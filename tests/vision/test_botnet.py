@@ -13,8 +13,10 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import SqueezeExcitation
 
 import attn_notes as an
+from attn_notes.data.tasks import load_task
 from attn_notes.foundations.attention import record_attention
 from attn_notes.training.recipes import make_optimizer
+from attn_notes.vision import botnet_evidence as evidence
 from attn_notes.vision.botnet import (
     SIZES,
     BoTNet,
@@ -23,6 +25,7 @@ from attn_notes.vision.botnet import (
     SpatialAttention,
 )
 from attn_notes.vision.botnet_formats import TORCHVISION_FORMAT, resize_table
+from attn_notes.zoo.checkpoints import shipped_weights
 from attn_notes.zoo.factory import count_parameters, create_model
 
 SMALL = BoTNetConfig(
@@ -64,7 +67,7 @@ def test_counts_by_construction_from_torchvisions_resnet(name):
         if c.embed_dim == 64:
             resnet = ResNet(Bottleneck, [*c.depths], c.num_classes)
         else:
-            resnet = convolutional(BoTNet(c))
+            resnet = evidence.set_last_stage(BoTNet(c), "convolution")
     counted = count_parameters(resnet)
     counted -= c.depths[-1] * (9 - 3) * width**2  # 3 x 3 against q, k and v
     sides = [c.last_side, *[-(-c.last_side // c.last_stride)] * (c.depths[-1] - 1)]
@@ -179,20 +182,13 @@ def test_attention_equals_timms(stride):
         assert gap.abs().max() < 1e-10, mine
 
 
-def convolutional(model):
-    """The same network with its 3 x 3 convolutions in the last stage: a ResNet."""
-    for i, block in enumerate(model.stages[-1]):
-        width, stride = block.conv2.in_proj.in_channels, model.config.last_stride
-        block.conv2 = nn.Conv2d(width, width, 3, 1 if i else stride, 1, bias=False)
-    return model
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_all_else_is_torchvisions_resnet(training):
     torch.manual_seed(0)
     theirs = shake(ResNet(Bottleneck, [1, 1, 1, 2], 7)).double().train(training)
     config = BoTNetConfig(depths=(1, 1, 1, 2), num_classes=7)
-    ours = convolutional(BoTNet(config)).double().train(training)
+    ours = evidence.set_last_stage(BoTNet(config), "convolution")
+    ours = ours.double().train(training)
     rename = lambda key: key.replace("fc.", "head.").replace("layer", "stages.")
     moved = {rename(key): v for key, v in theirs.state_dict().items()}
     down = lambda key: (
@@ -339,7 +335,7 @@ def test_torchvisions_resnet_50_up_to_the_last_stage(name, tmp_path):
     torch.manual_seed(0)
     resnet = shake(resnet50()).eval()
     torch.save(resnet.state_dict(), tmp_path / "resnet50.pth")
-    with pytest.warns(an.CheckpointWarning, match=r"left as they were: .*stages\.3"):
+    with pytest.warns(an.CheckpointWarning, match="left as they were: stages"):
         model = create_model(name, tmp_path / "resnet50.pth", activation="relu")
     assert {key.split(".")[0] for key in model.not_loaded} == {"stages", "head"}
     assert all(
@@ -380,3 +376,50 @@ def test_weight_decay_spares_the_tables():
     assert sum("positions" in names[id(p)] for p in spared["params"]) == 4
     assert not any("positions" in names[id(p)] for p in decayed["params"])
     assert asdict(recipe)["label_smoothing"] == 0.1
+
+
+def test_the_shipped_weights_tell_digits_apart():
+    task = load_task(shipped_weights("botnet_book"))
+    scores = task.evaluate(create_model("botnet_book", pretrained=True), "valid")
+    assert scores["accuracy"] > 0.9 and task.classes == [*"0123456789"]
+
+
+# ---- the parts of the experiments
+
+
+def test_sixteen_digits_are_one_image():
+    task = evidence.GridDigits.create("mnist", seed=0, augment=False)
+    rows = [task.dataset("train")[i] for i in range(0, 3200, 100)]
+    batch = task.collate(rows)
+    assert batch["images"].shape == (2, 1, 64, 64)
+    single = evidence.Digits.create("mnist", seed=0, augment=False)
+    field = nn.functional.avg_pool2d(single.collate([rows[16 + 6]])["images"], 2)
+    assert torch.equal(batch["images"][1, 0, 17:31, 33:47], field[0, 0])
+    labels = torch.tensor([row[1] for row in rows]).view(2, 4, 4)
+    wanted = task.wanted(batch["labels"])
+    assert torch.equal(wanted["own"], labels)
+    assert torch.equal(wanted["away"], labels[..., [2, 3, 0, 1]])
+
+
+@pytest.mark.parametrize("kind", evidence.KINDS)
+def test_what_the_last_stage_knows_of_places(kind):
+    """Shuffled places are shuffled outputs only where it has no positions."""
+    stage = evidence.network(0, kind).stages[-1].double().eval()
+    for block in stage:
+        nn.init.ones_(block.bn3.weight)
+    x, order = torch.randn(2, 128, 7, 7).double(), torch.randperm(49)
+    move = lambda z: z.flatten(2)[..., order].unflatten(2, (7, 7))
+    same = torch.allclose(stage(move(x)), move(stage(x)), atol=1e-9)
+    assert same == (kind == "none")
+    assert stage(x).shape == (2, 256, 7, 7)
+
+
+def test_absolute_positions_are_those_of_the_key():
+    torch.manual_seed(0)
+    positions, q = evidence.AbsolutePositions(3, 4), torch.randn(1, 2, 3, 3, 4)
+    found = positions(q)
+    for i in range(9):
+        for j in range(9):
+            e = positions.height[j // 3] + positions.width[j % 3]
+            expected = q[0, :, i // 3, i % 3] @ e
+            assert torch.allclose(found[0, :, i, j], expected, atol=1e-5)
