@@ -195,18 +195,15 @@ class CvTStage(nn.Module):
 # %% ../../nbs/vision/07_cvt.ipynb #cvt-model
 class CvT(nn.Module, PretrainedMixin):
     """The Convolutional vision Transformer: stages of tokens, each from the map of the
-    one before; a norm, and a head over the class token of the last. Nothing in it is
-    made for one size of image."""
+    one before; a norm, and a head over the class token of the last."""
 
     def __init__(self, config: CvTConfig) -> None:
         super().__init__()
-        self.config, width = config, config.embed_dims[-1]
+        self.config, width, k = config, config.embed_dims[-1], config.num_classes
         stages = range(len(config.depths))
         self.stages = nn.ModuleList(CvTStage(config, stage) for stage in stages)
         self.norm = nn.LayerNorm(width)
-        self.head: nn.Module = nn.Identity()
-        if config.num_classes:
-            self.head = nn.Linear(width, config.num_classes)
+        self.head: nn.Module = nn.Linear(width, k) if k else nn.Identity()
         init_cvt_(self)
 
     def forward_stages(
@@ -300,6 +297,8 @@ PAPER = Recipe(
     num_workers=8,
 )
 RECIPES = {"tiny": TINY, "paper": PAPER}
+W24_RECIPES = RECIPES | {"paper": replace(PAPER, weight_decay=0.1)}
+W24_RECIPES = RECIPES | {"paper": replace(PAPER, weight_decay=0.1)}
 W24_RECIPES = RECIPES | {"paper": replace(PAPER, weight_decay=0.1)}
 
 # %% ../../nbs/vision/07_cvt.ipynb #cvt-register

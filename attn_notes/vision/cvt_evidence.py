@@ -20,7 +20,7 @@ from ..foundations.checks import check_choice, require_package
 from ..training.experiments import experiment
 from ..training.loop import train
 from .cvt import BOOK, CvT, CvTConfig
-from .cvt_formats import FIELDS, HF_FORMAT
+from .cvt_formats import FIELDS, HF_FORMAT, SAME
 from .vit import GridPositions, ViT, ViTConfig
 from .vit_training_evidence import RATES as VIT_RATES
 from .vit_training_evidence import SMALL, digits, fit, percent
@@ -36,28 +36,17 @@ def hf_model(config: CvTConfig) -> Any:
     check_choice(("gelu",), activation=config.activation)
     import transformers
 
-    every = [True] * len(config.depths)
-    sizes: dict[str, Any] = {
-        theirs: list(getattr(config, ours)) for ours, theirs in FIELDS.items()
-    }
-    for name in ("attention_drop_rate", "drop_rate"):
-        sizes[name] = [0.0 for _ in every]
-    sizes["drop_path_rate"] = [0.0 for _ in every[1:]] + [config.drop_path_rate]
-    stored = transformers.CvtConfig(
-        num_channels=config.in_chans,
-        num_labels=config.num_classes,
-        mlp_ratio=[config.mlp_ratio for _ in every],
-        stride_kv=[config.stride_kv for _ in every],
-        cls_token=[False for _ in every[1:]] + [True],
-        qkv_bias=every,
-        qkv_projection_method=["dw_bn" for _ in every],
-        kernel_qkv=[3 for _ in every],
-        **{
-            name: [1 for _ in every] for name in ("padding_q", "padding_kv", "stride_q")
-        },
-        **sizes,
-    )
-    return transformers.CvtForImageClassification(stored)
+    stages = range(len(config.depths))
+    stored: dict[str, Any] = {k: [value for _ in stages] for k, value in SAME.items()}
+    stored |= {theirs: [*getattr(config, ours)] for ours, theirs in FIELDS.items()}
+    stored |= {"drop_rate": [config.dropout for _ in stages]}
+    for name in ("mlp_ratio", "stride_kv"):
+        stored[name] = [getattr(config, name) for _ in stages]
+    rates = [0.0 for _ in stages[1:]]
+    stored["cls_token"] = [False for _ in rates] + [True]
+    stored["drop_path_rate"] = [*rates, config.drop_path_rate]
+    stored |= {"num_channels": config.in_chans, "num_labels": config.num_classes}
+    return transformers.CvtForImageClassification(transformers.CvtConfig(**stored))
 
 
 def twins(config: CvTConfig, noise: float = 0.2) -> tuple[Any, CvT]:
