@@ -212,7 +212,7 @@ def try_rate(seed: int, model: str, learning_rate: float) -> dict:
 @experiment(
     "pvt",
     "beside",
-    [{"model": model} for model in NETWORKS],
+    [{"model": model} for model in RATES],
     seeds=range(3),
     timings=("seconds",),
 )
@@ -255,7 +255,5 @@ def pvt_pair(training: bool, b: int = 4) -> tuple[Work, Work, int]:
     return partial(step, partial(ours, images)), partial(step, call), 3 * flops
 
 
-benchmark_pair("PVT-Tiny forward vs transformers")(partial(pvt_pair, training=False))
-benchmark_pair("PVT-Tiny forward and backward vs transformers")(
-    partial(pvt_pair, training=True, b=2)
-)
+for title, training, b in (("forward", False, 4), ("forward and backward", True, 2)):
+    benchmark_pair(f"PVT-Tiny {title} vs transformers")(partial(pvt_pair, training, b))
