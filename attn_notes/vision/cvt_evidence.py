@@ -212,7 +212,6 @@ def cvt_pair(
     return partial(step, works[0]), partial(step, works[1]), 3 * flops
 
 
-benchmark_pair("CvT-13 forward vs transformers")(partial(cvt_pair, training=False))
-benchmark_pair("CvT-13 forward and backward vs transformers")(
-    partial(cvt_pair, training=True)
-)
+for training in (False, True):
+    title = "CvT-13 forward" + " and backward" * training
+    benchmark_pair(f"{title} vs transformers")(partial(cvt_pair, training=training))
