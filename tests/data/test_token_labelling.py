@@ -151,9 +151,11 @@ def test_a_map_that_knows_what_is_where_teaches_it():
 def test_a_run_with_mixed_images(tmp_path):
     task, net = labelling(cnn(), True, limit=64), student()
     task.augment = True
-    recipe = Recipe(max_steps=4, batch_size=16, eval_every=4)
     recipe = Recipe(
-        max_steps=4, batch_size=16, eval_every=4, augmentation=Augmentation(mixup=0.8)
+        max_steps=4,
+        batch_size=16,
+        warmup_steps=1,
+        augmentation=Augmentation(mixup=0.8),
     )
     history = train(net, task, recipe, progress=False)
     assert {"class", "token"} <= history[0].keys()
