@@ -69,6 +69,10 @@ KINDS = {
         "attn_notes.data.image_distillation",
         ("mnist", "digits", "photographs", "imagenet"),
     ),
+    "token_labelling": TaskKind(
+        "attn_notes.data.token_labelling",
+        ("mnist", "digits", "photographs", "imagenet"),
+    ),
     "image_generation": TaskKind(
         "attn_notes.data.image_generation",
         ("mnist", "digits", "photographs", "imagenet"),

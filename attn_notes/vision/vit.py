@@ -215,7 +215,7 @@ class ViT(nn.Module, PretrainedMixin):
         return {"images": torch.randn(shape, device=device)}
 
 # %% ../../nbs/vision/02_vit.ipynb #vit-start
-def check_patches(images: Tensor, config: ViTConfig) -> None:
+def check_patches(images: Tensor, config: Any) -> None:
     """Raises `InputError` for what is no batch of images of the right channels, or has
     sides that the patch does not divide. Reads no data."""
     check_images(images, config.in_chans)
