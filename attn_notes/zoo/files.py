@@ -247,7 +247,10 @@ def readable(path: Path) -> bool:
     return path.suffix in READERS or path.name.endswith(INDEX)
 
 # %% ../../nbs/zoo/01_files.ipynb #51d22634
-WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model", "model_state_dict")
+WRAPPERS = (
+    *("model_ema", "state_dict_ema", "state_dict", "model"),
+    *("model_state_dict", "model_state"),
+)
 
 
 def unwrap(content: object) -> object:
