@@ -82,6 +82,7 @@ KINDS = {
     "volume_segmentation": TaskKind(
         "attn_notes.data.volume_segmentation", ("mni", "msd", "btcv")
     ),
+    "restoration": TaskKind("attn_notes.data.restoration", ("photographs", "imagenet")),
 }
 _CLASSES: dict[str, Any] = {}
 
