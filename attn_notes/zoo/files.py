@@ -237,6 +237,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     ".bin": _read_pickle,
     ".pt": _read_pickle,
     ".pth": _read_pickle,
+    ".pyth": _read_pickle,
     ".npz": _read_npz,
 }
 INDEX = ".index.json"  # what the name of the index of a sharded checkpoint ends in
