@@ -47,6 +47,8 @@ ANCESTORS = {
     "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
     "vision.deit": ("vision.vit",),
     "vision.igpt": ("language.gpt",),
+    "vision.ipt_formats": (),
+    "vision.ipt": ("vision.ipt_formats",),
     "detection.set_prediction": (),
     "detection.detr_backbone": (),
     "detection.detr_masks": (),
