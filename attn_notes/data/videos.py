@@ -27,13 +27,13 @@ from attn_notes.foundations.checks import (
 from ..zoo.files import to_path
 
 # %% ../../nbs/data/41_videos.ipynb #vd-slide
-FRAMES, SIDE = 8, 32
+FRAMES, SIDE = 8, 24
 SPEEDS = (1, 2, 3)  # pixels a frame
 DIRECTIONS = ("left", "right")
 HELD_OUT = tuple(PHOTOGRAPHS)[2::3]  # every third photograph
 PAIRS = {"train": 400, "valid": 100}  # of each photograph
 LEAST_TEXTURE = 10.0  # standard deviation of the pixels of a frame
-SLIDING = Preprocessing((SIDE, SIDE), SIDE, mean=(0.5,), std=(0.5,))
+SLIDING = Preprocessing((SIDE, SIDE), SIDE, mean=(0.5,), std=(0.25,))
 
 
 def slide(image: np.ndarray, row: int, column: int, speed: int) -> np.ndarray:

@@ -33,7 +33,7 @@ from attn_notes.vision.timesformer_formats import (
 )
 from .vit import GridPositions, PatchEmbedding
 from ..zoo.hub import PretrainedMixin
-from ..zoo.registry import IMAGENET, register_models
+from ..zoo.registry import register_models
 
 # %% ../../nbs/vision/11_timesformer.ipynb #ts-config
 @dataclass(frozen=True)
@@ -215,11 +215,11 @@ def init_timesformer_(model: TimeSformer) -> TimeSformer:
 # %% ../../nbs/vision/11_timesformer.ipynb #ts-recipes
 TINY = Recipe(
     optimizer="adamw",
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     weight_decay=0.05,
     schedule="constant",
-    warmup_steps=50,
-    max_steps=1000,
+    warmup_steps=20,
+    max_steps=600,
     batch_size=32,
     max_grad_norm=1.0,
 )
@@ -239,15 +239,15 @@ PAPER = Recipe(
 
 # %% ../../nbs/vision/11_timesformer.ipynb #ts-register
 BOOK: dict[str, Any] = {
-    "img_size": 32,
+    "img_size": 24,
     "patch_size": 8,
     "in_chans": 1,
     "num_frames": 8,
     "num_classes": 2,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 256,
+    "intermediate_size": 192,
 }
 
 register_models(
@@ -256,7 +256,7 @@ register_models(
         "timesformer_base_patch16_224": {
             "config": TimeSformerConfig(drop_path_rate=0.1),
             "parameters": 121_566_352,
-            "macs": 0,
+            "macs": 195_830_280_192,
             "input_size": (8, 3, 224, 224),
             "mean": (0.45,) * 3,
             "std": (0.225,) * 3,
@@ -265,10 +265,11 @@ register_models(
         },
         "timesformer_book": {
             "config": TimeSformerConfig(**BOOK),
-            "parameters": 1,
-            "input_size": (8, 1, 32, 32),
+            "parameters": 218_818,
+            "macs": 29_035_648,
+            "input_size": (8, 1, 24, 24),
             "mean": (0.5,),
-            "std": (0.5,),
+            "std": (0.25,),
         },
     },
     paper="Bertasius et al. 2021",
