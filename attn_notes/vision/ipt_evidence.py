@@ -146,7 +146,7 @@ def train_photographs(seed: int, body: str) -> dict:
     "Train on two kinds of damage; scores of the held-out photographs."
     task = create_task("restoration", tasks=LOCAL, image_size=24, seed=seed)
     model, begun = network(body, seed, LOCAL), time.process_time()
-    recipe = replace(RECIPE, seed=seed)
+    recipe = replace(RECIPE, seed=seed, max_steps=300, batch_size=8)
     last = train(model, task, recipe, progress=False)[-1]
     names = [f"{score}_{name}" for name in LOCAL for score in ("psnr", "ssim")]
     found: dict[str, Any] = {name: round(last[f"valid_{name}"], 5) for name in names}
