@@ -49,6 +49,8 @@ ANCESTORS = {
     "vision.igpt": ("language.gpt",),
     "vision.ipt_formats": (),
     "vision.ipt": ("vision.ipt_formats",),
+    "vision.timesformer_formats": (),
+    "vision.timesformer": ("vision.timesformer_formats", "vision.vit"),
     "detection.set_prediction": (),
     "detection.detr_backbone": (),
     "detection.detr_masks": (),
