@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'RATES', 'LENGTHS', 'hf_model', 'hf_logits', 'twins', 'init_wide_', 'network', 'fit', 'percent', 'shuffled',
-           'try_rate', 'train_attention', 'base_macs', 'time_block']
+           'try_rate', 'train_attention', 'base_macs', 'time_block', 'video_pair', 'train_book']
 
 # %% ../../nbs/vision/11_timesformer_evidence.ipynb #te-imports
 from collections.abc import Callable
@@ -199,3 +199,41 @@ def time_block(seed: int, attention: str, frames: int) -> dict:
     with torch.no_grad():
         seconds = cpu_seconds(lambda: block(*arguments))
     return {"macs": base_macs(attention, frames), "seconds": round(seconds, 4)}
+
+# %% ../../nbs/vision/11_timesformer_evidence.ipynb #te-pairs
+def video_pair(training: bool, layers: int = 4, b: int = 1) -> tuple[Work, Work, int]:
+    "Logits of b clips; or those and the gradients of a loss."
+    config = TimeSformerConfig(img_size=112, num_hidden_layers=layers)
+    model, ours = twins(config, noise=0.0)
+    model.train(training), ours.train(training)
+    videos = torch.randn(b, 8, 3, 112, 112)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        TimeSformer(config).to("meta")(videos.to("meta"))
+    flops = counter.get_total_flops()
+    works = [partial(ours, videos), partial(hf_logits, model, videos)]
+    if not training:
+        return torch.no_grad()(works[0]), torch.no_grad()(works[1]), flops
+
+    def step(logits: Callable[[], Tensor]) -> None:
+        logits().logsumexp(-1).sum().backward()
+
+    return partial(step, works[0]), partial(step, works[1]), 3 * flops
+
+
+benchmark_pair("TimeSformer forward vs transformers")(
+    partial(video_pair, training=False)
+)
+benchmark_pair("TimeSformer forward and backward vs transformers")(
+    partial(video_pair, training=True, layers=2)
+)
+
+# %% ../../nbs/vision/11_timesformer_evidence.ipynb #te-made-function
+def train_book(output: str) -> None:
+    "Train `timesformer_book`, and write it into a folder, as `attn-notes train` does."
+    model, recipe = (
+        network("divided", 0),
+        model_info("timesformer_book").recipes["tiny"],
+    )
+    task = create_task("video_classification", "sliding")
+    train(model, task, recipe, output)
+    model.save_pretrained(output), task.save(output)

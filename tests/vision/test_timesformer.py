@@ -3,6 +3,7 @@ attention; its blocks equal to naive loops; what the order of frames can change;
 files that it is read from."""
 
 import json
+import re
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -286,13 +287,15 @@ def test_bad_configurations(change):
 
 
 def test_the_authors_files(tmp_path):
-    """Keys and shapes of the released files, with what stands beside them."""
+    """Keys and shapes of the released files, two of the blocks, with what stands
+    beside them."""
     shapes = json.loads((LAYOUTS / "timesformer.json").read_text())["keys"]
-    state = {key: torch.full(shape, 0.01) for key, shape in shapes.items()}
+    kept = {k: s for k, s in shapes.items() if not re.search(r"blocks\.([2-9]|1\d)", k)}
+    state = {key: torch.full(shape, 0.01) for key, shape in kept.items()}
     beside = {"epoch": 14, "optimizer_state": {"state": {}}, "cfg": "TRAIN: {}"}
     torch.save({"model_state": state, **beside}, tmp_path / "K400.pyth")
     with warnings.catch_warnings(action="error"):
-        model = create_model(NAME, tmp_path / "K400.pyth")
+        model = create_model(NAME, tmp_path / "K400.pyth", num_hidden_layers=2)
     assert all((p == 0.01).all() for p in model.parameters())
     names = set(OFFICIAL_FORMAT.apply(state, model))
     assert names == {key for key, _ in model.named_parameters()}
