@@ -31,7 +31,8 @@ from attn_notes.foundations.checks import (
 )
 
 # %% ../../nbs/data/40_damaged_images.ipynb #di-damage
-Images, Resized = Float[Tensor, "b c h w"], Float[Tensor, "b c p q"]
+Images = Float[Tensor, "b c h w"]
+Resized = Float[Tensor, "b c p q"]
 Generator = torch.Generator | None  # None: torch's own
 
 
