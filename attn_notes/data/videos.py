@@ -11,6 +11,7 @@ __all__ = ['FRAMES', 'SIDE', 'SPEEDS', 'DIRECTIONS', 'HELD_OUT', 'PAIRS', 'LEAST
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,7 @@ def decode(path: Path, frames: int, varied: bool) -> list[Image.Image]:
     """The frames of a video file. Raises `InputError` for one that can not be read or
     is too short, `ConfigError` without PyAV."""
     require_package("av", "video")
-    import av
-
+    av: Any = import_module("av")
     try:
         with av.open(str(path)) as container:
             count = container.streams.video[0].frames

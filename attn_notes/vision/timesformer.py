@@ -115,7 +115,7 @@ def make_block(config: TimeSformerConfig, drop_path: float) -> EncoderBlock:
     block.feed_forward.dropout.p = config.dropout
     return block
 
-# %% ../../nbs/vision/11_timesformer.ipynb #ts-model
+# %% ../../nbs/vision/11_timesformer.ipynb #ts-positions
 class NearestPositions(GridPositions):
     "As ViT's; for another grid each place takes the vector of the nearest one."
 
@@ -124,7 +124,7 @@ class NearestPositions(GridPositions):
         old = torch.arange(n, device=self.weight.device) * self.side // n
         return nn.functional.one_hot(old, self.side).to(self.weight)
 
-
+# %% ../../nbs/vision/11_timesformer.ipynb #ts-model
 class TimeSformer(nn.Module, PretrainedMixin):
     """ViT for clips (section 3): patches of all frames, positions in the frame and in
     time, one class token; attention divided over time and space, joint over both, or in
@@ -198,7 +198,7 @@ class TimeSformer(nn.Module, PretrainedMixin):
         shape = (batch_size, config.num_frames, config.in_chans, *sides)
         return {"videos": torch.randn(shape, device=device)}
 
-
+# %% ../../nbs/vision/11_timesformer.ipynb #ts-start
 @torch.no_grad()
 def init_timesformer_(model: TimeSformer) -> TimeSformer:
     """Start the weights as the authors' code does: matrices of the blocks and of the
@@ -219,7 +219,7 @@ TINY = Recipe(
     weight_decay=0.05,
     schedule="constant",
     warmup_steps=20,
-    max_steps=600,
+    max_steps=400,
     batch_size=32,
     max_grad_norm=1.0,
 )

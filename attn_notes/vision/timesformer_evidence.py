@@ -9,7 +9,7 @@ __all__ = ['RECIPE', 'RATES', 'LENGTHS', 'hf_model', 'hf_logits', 'twins', 'init
 # %% ../../nbs/vision/11_timesformer_evidence.ipynb #te-imports
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,13 +40,15 @@ def hf_model(config: TimeSformerConfig) -> nn.Module:
     "The classifier of transformers of these sizes."
     import transformers
 
-    sizes = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    sizes: dict[str, Any] = {
+        theirs: getattr(config, ours) for ours, theirs in FIELDS.items()
+    }
     del sizes["drop_path_rate"]  # it takes whole numbers alone
-    kind = {ours: theirs for theirs, ours in KINDS.items()}[config.attention]
+    kinds = {ours: theirs for theirs, ours in KINDS.items()}
+    sizes |= {"attention_type": kinds[config.attention]}
+    sizes |= {"num_labels": config.num_classes}
     return transformers.TimesformerForVideoClassification(
-        transformers.TimesformerConfig(
-            attention_type=kind, num_labels=config.num_classes, **sizes
-        )
+        transformers.TimesformerConfig(**sizes)
     )
 
 
@@ -168,6 +170,7 @@ def train_attention(seed: int, attention: str) -> dict:
 LENGTHS = (8, 16, 32, 64)
 
 
+@cache
 def base_macs(attention: str, frames: int) -> int:
     "Multiply-adds of the base model for one clip, counted on no data."
     name = "timesformer_base_patch16_224"
@@ -184,7 +187,7 @@ def base_macs(attention: str, frames: int) -> int:
     seeds=range(3),
     timings=("seconds",),
 )
-def time_block(seed: int, attention: str, frames: int) -> dict:
+def time_block(seed: int, attention: Any, frames: int) -> dict:
     "Multiply-adds of the base model; processor seconds of one block of width 192."
     torch.manual_seed(seed)
     config = TimeSformerConfig(
