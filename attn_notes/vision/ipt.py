@@ -289,6 +289,8 @@ class IPT(nn.Module, PretrainedMixin):
     ) -> Float[Tensor, "b c p q"]:
         "Images of any size, restored from what the task names."
         size, (h, w) = self.config.img_size, images.shape[-2:]
+        head: Any = self.heads[task]
+        images = images.to(head[0].weight.dtype)
         if (h, w) == (size, size):
             return self.restore_tile(images, task)
         if h < size or w < size:
