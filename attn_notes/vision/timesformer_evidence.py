@@ -223,12 +223,11 @@ def video_pair(training: bool, layers: int = 4, b: int = 1) -> tuple[Work, Work,
     return partial(step, works[0]), partial(step, works[1]), 3 * flops
 
 
-benchmark_pair("TimeSformer forward vs transformers")(
-    partial(video_pair, training=False)
-)
-benchmark_pair("TimeSformer forward and backward vs transformers")(
-    partial(video_pair, training=True, layers=2)
-)
+for title, training, layers in (
+    ("TimeSformer forward vs transformers", False, 4),
+    ("TimeSformer forward and backward vs transformers", True, 2),
+):
+    benchmark_pair(title)(partial(video_pair, training, layers))
 
 # %% ../../nbs/vision/11_timesformer_evidence.ipynb #te-made-function
 def train_book(output: str) -> None:
