@@ -87,6 +87,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_k": (at_least_one, "N", "draw from the N likeliest tokens"),
     "top_p": (number, "P", "draw from the likeliest tokens that sum to P"),
     "seed": (seed, "N", "which random numbers are drawn"),
+    "task": (word, "NAME", "what to restore an image from, such as sr_x2"),
     "threshold": (number, "X", "how sure of an object a detector must be, up to 1"),
 }
 
@@ -167,7 +168,8 @@ def add_prediction(commands: Any) -> None:
   attn-notes predict vit_base_patch16_224 --pretrained B_16.npz cat.jpg photographs/
   attn-notes predict igpt_book digit.png --output completed.png
   attn-notes predict detr_tiny scene.png --output boxes.png
-  attn-notes predict unetr_tiny brain.nii.gz --output tissues.nii.gz""",
+  attn-notes predict unetr_tiny brain.nii.gz --output tissues.nii.gz
+  attn-notes predict ipt_book small.png --task sr_x2 --output large.png""",
     )
     one.add_argument("name", type=word)
     one.add_argument(

@@ -202,10 +202,15 @@ def folder_classes(root: str | Path | None) -> tuple[list[str], list[str]]:
     return found, [words.get(name) or name for name in found]
 
 
-def folder_images(root: str | Path | None, split: str) -> list[tuple[str, int]]:
-    """The path and the class of each image of a split, class by class. Raises
-    `InputError` for a class without images in training, and for a folder of a class
-    that training has not."""
+def folder_images(
+    root: str | Path | None,
+    split: str,
+    find: Callable[[Path], list[Path]] | None = None,
+    what: str = "images",
+) -> list[tuple[str, int]]:
+    """The path and the class of each image of a split, class by class; or of `what`
+    `find` gives of the folder of a class. Raises `InputError` for a class without any
+    in training, and for a folder of a class that training has not."""
     folder, (classes, _) = _split_folder(root, split), folder_classes(root)
     there = {entry.name for entry in folder.iterdir() if entry.is_dir()}
     if strange := sorted(there - {*classes}):
@@ -214,10 +219,10 @@ def folder_images(root: str | Path | None, split: str) -> list[tuple[str, int]]:
         )
     found = []
     for label, name in enumerate(classes):
-        images = images_in(folder / name) if name in there else []
-        if not images and split == "train":
-            raise InputError(f"{folder / name}: expected images; got none")
-        found += [(str(path), label) for path in images]
+        files = (find or images_in)(folder / name) if name in there else []
+        if not files and split == "train":
+            raise InputError(f"{folder / name}: expected {what}; got none")
+        found += [(str(path), label) for path in files]
     return found
 
 

@@ -211,7 +211,7 @@ def training_transform(preprocessing: Preprocessing) -> Any:
 # %% ../../nbs/data/21_images.ipynb #5389880f
 def model_preprocessing(info: ModelInfo) -> Preprocessing:
     """As the registry says of a model."""
-    channels, height, width = info.input_size or (3, 224, 224)
+    channels, height, width = (info.input_size or (3, 224, 224))[-3:]  # of a frame
     resize = height, width
     if info.crop_pct is not None:
         resize = math.floor(min(height, width) / info.crop_pct)

@@ -83,9 +83,13 @@ KINDS = {
     ),
     "detection": TaskKind("attn_notes.data.detection", ("scenes", "coco")),
     "panoptic_segmentation": TaskKind("attn_notes.data.panoptic", ("scenes",)),
+    "video_classification": TaskKind(
+        "attn_notes.data.video_classification", ("sliding", "kinetics")
+    ),
     "volume_segmentation": TaskKind(
         "attn_notes.data.volume_segmentation", ("mni", "msd", "btcv")
     ),
+    "restoration": TaskKind("attn_notes.data.restoration", ("photographs", "imagenet")),
 }
 _CLASSES: dict[str, Any] = {}
 

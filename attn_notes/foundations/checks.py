@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ConfigError', 'InputError', 'CheckpointError', 'CheckpointWarning', 'check_ids', 'check_features', 'check_images',
-           'check_volumes', 'check_mask_shape', 'check_pair', 'check_value', 'check_fields', 'checked',
+           'check_volumes', 'check_videos', 'check_mask_shape', 'check_pair', 'check_value', 'check_fields', 'checked',
            'check_positive', 'check_probability', 'check_choice', 'check_divides', 'unknown_name_error',
            'require_package', 'check_id_values', 'check_mask_rows', 'Output']
 
@@ -131,6 +131,16 @@ def _check_maps(x: Any, channels: int | None, name: str, one: str, axes: str) ->
         )
 
 
+def _check_sides(sides: Iterable[int], patch_size: int, name: str) -> None:
+    """Raises `InputError` for a side that is no multiple of the patch."""
+    sides = tuple(sides)
+    if any(side % patch_size for side in sides):
+        raise InputError(
+            f"{name}: expected sides that are multiples of {patch_size}, the patch; "
+            f"got {' x '.join(map(str, sides))}"
+        )
+
+
 def check_images(images: Tensor, channels: int, name: str = "images") -> None:
     """Raises `InputError` unless `images` is a non-empty, dense, floating-point tensor
     (b channels h w). Reads no data."""
@@ -144,11 +154,24 @@ def check_volumes(
     (b channels h w d), None for any channels, whose sides `patch_size` divides. Reads
     no data."""
     _check_maps(volumes, channels, name, "volume voxel", "h, w, d")
-    if any(side % patch_size for side in volumes.shape[2:]):
+    _check_sides(volumes.shape[2:], patch_size, name)
+
+
+def check_videos(
+    videos: Tensor,
+    frames: int,
+    channels: int,
+    patch_size: int = 1,
+    name: str = "videos",
+) -> None:
+    """Raises `InputError` unless `videos` is a non-empty, dense, floating-point tensor
+    (b frames channels h w) whose sides `patch_size` divides. Reads no data."""
+    _check_maps(videos, frames, name, "clip pixel", f"{channels}, h, w")
+    if videos.shape[2] != channels:
         raise InputError(
-            f"{name}: expected sides that are multiples of {patch_size}, the patch; "
-            f"got {' x '.join(map(str, volumes.shape[2:]))}"
+            f"{name}: expected {channels} channels in every frame; got {_came(videos)}"
         )
+    _check_sides(videos.shape[3:], patch_size, name)
 
 # %% ../../nbs/foundations/00_checks.ipynb #d106543c
 def check_mask_shape(mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:

@@ -238,6 +238,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     ".pt": _read_pickle,
     ".pth": _read_pickle,
     ".tar": _read_pickle,  # .pth.tar, as timm's training script names them
+    ".pyth": _read_pickle,
     ".npz": _read_npz,
 }
 INDEX = ".index.json"  # what the name of the index of a sharded checkpoint ends in
@@ -248,7 +249,10 @@ def readable(path: Path) -> bool:
     return path.suffix in READERS or path.name.endswith(INDEX)
 
 # %% ../../nbs/zoo/01_files.ipynb #51d22634
-WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model", "model_state_dict")
+WRAPPERS = (
+    *("model_ema", "state_dict_ema", "state_dict", "model"),
+    *("model_state_dict", "model_state"),
+)
 
 
 def unwrap(content: object) -> object:

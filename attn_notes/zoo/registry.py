@@ -51,7 +51,7 @@ class ModelInfo:
     task: str  # the kind of task: "translation", "image_classification", ...
     parameters: int  # exact, at `config`
     macs: int | None = None  # multiply-accumulates of one input of `input_size`
-    input_size: tuple[int, ...] | None = None  # of one image: (c, h, w)
+    input_size: tuple[int, ...] | None = None  # of one image: (c, h, w); clip: (t, ...)
     mean: tuple[float, ...] | None = None  # by which images are normalized
     std: tuple[float, ...] | None = None
     # how they are brought to their size: the share of the resized image that the
