@@ -298,12 +298,12 @@ def build_site(output: Path, root: Path = ROOT) -> None:
         if code:
             raise SystemExit(code)
         trim(output)
-        for notebook in read_book(
-            root
-        ):  # what a reader downloads is the notebook itself
+        book = read_book(root)
+        for notebook in book:  # what a reader downloads is the notebook itself
             shutil.copy(notebook.path, output / "_sources" / f"{notebook.name}.ipynb")
         (output / "_images" / "first").mkdir(parents=True, exist_ok=True)
-        for name, picture in thumbnails(read_book(root)).items():
+        home = [*main_chapters(book), *(n for n in book if n.name == "index")]
+        for name, picture in thumbnails(home).items():
             (output / thumbnail(name)).write_text(picture, encoding="utf-8")
         (output / ".nojekyll").touch()
 
