@@ -366,7 +366,7 @@ register_models(
     task="restoration",
     formats=(OFFICIAL_FORMAT,),
     recipes={"tiny": TINY, "paper": PAPER},
-    tiny={**BOOK, "img_size": 12, "num_features": 4, "tasks": ("sr_x2",)},
+    tiny={**BOOK, "tasks": ("sr_x2",)},
     keeps=("Transformer encoder and decoder", "convolutions of heads and tails"),
     replaces=("one network for each kind of damage by one body for all",),
     adds=("a head and a tail for each task", "task embeddings"),
