@@ -92,22 +92,32 @@ and times them. A reader of the chapters needs none of it.
 """
 
 
+def pages_of(chapter: str, names: list[str]) -> tuple[str, ...]:
+    """The pages that belong to a chapter: evidence and what else carries its name,
+    vision/06_pvt_evidence and vision/00_pvt_formats to vision/06_pvt."""
+    part, stem = chapter.split("/")
+    starts = f"{chapter}_", f"{part}/00_{stem[3:]}_"
+    own = [name for name in names if name.startswith(starts)]
+    return tuple(sorted(own, key=lambda name: "/00_" in name))
+
+
 def grouped(
-    parts: list[tuple[str, list[str]]], titles: dict[str, str]
+    parts: list[tuple[str, list[str]]], titles: dict[str, str], chapters: list[str]
 ) -> tuple[list[tuple[str, list[str]]], str, dict[str, tuple[str, ...]]]:
-    """The sidebar: chapters by part with the workshop as one entry; the workshop's
-    page; the evidence pages below each chapter."""
-    names = {name for _, chapters in parts for name in chapters}
-    below = {
-        name: (f"{name}_evidence",) for name in names if f"{name}_evidence" in names
-    }
+    """The sidebar: the papers' `chapters` by part, with the workshop as one entry; the
+    workshop's page; the pages below each chapter."""
+    pages = [
+        name
+        for _, some in parts
+        for name in some
+        if "/" in name and name not in chapters
+    ]
+    below = {name: pages_of(name, pages) for name in chapters}
+    below = {name: some for name, some in below.items() if some}
+    nested = {name for some in below.values() for name in some}
     shown, workshop, inside = [], WORKSHOP, []
-    for part, chapters in parts:
-        own = [
-            n
-            for n in chapters
-            if not n.endswith("_evidence") or n.removesuffix("_evidence") not in names
-        ]
+    for part, some in parts:
+        own = [name for name in some if name not in nested]
         if part.startswith("Workshop: "):
             workshop += f"\n## {part.removeprefix('Workshop: ').capitalize()}\n\n"
             workshop += "\n".join(f"- [{titles[n]}]({n}.ipynb)" for n in own) + "\n"
@@ -197,7 +207,8 @@ def stage(root: Path, source: Path) -> None:
         for label in re.findall(r"\$\$\s*\((eq-[\w-]+)\)", c.source)
     }
     titles = {n.name: n.title for n in notebooks}
-    parts, workshop, below = grouped(parts, titles)
+    papers = [notebook.name for notebook in main_chapters(notebooks)]
+    parts, workshop, below = grouped(parts, titles, papers)
     generated = {
         **({"workshop": workshop} if workshop else {}),
         "claims": claims_page(claims, notebooks),
