@@ -69,6 +69,17 @@ def fold_title(cell: Cell) -> str:
     return f"The code: {', '.join(names[:3])}{more}" if names else "The code"
 
 
+def has_reference(notebook: Notebook) -> bool:
+    """Whether a module has a page of the reference: not one of constants alone."""
+    return any(
+        isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+        for cell in notebook.code()
+        if cell.exports
+        for node in cell.tree.body
+    )
+
+
 def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str:
     """What stands above a cell: its claim with verdict, or the module that it goes to;
     empty for other cells."""
@@ -85,11 +96,11 @@ def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str
         anchors = "".join(
             f'<span id="def-{name}"></span>' for name in defined_names(cell)
         )
-        parts.append(
-            f'<div class="cell-strip exported">{anchors}<a '
-            f'href="{up(notebook.name)}api/{notebook.module}.html">'
-            f"exported: {notebook.full_module}</a></div>"
-        )
+        said = f"exported: {notebook.full_module}"
+        if has_reference(notebook):
+            page = f"{up(notebook.name)}api/{notebook.module}.html"
+            said = f'<a href="{page}">{said}</a>'
+        parts.append(f'<div class="cell-strip exported">{anchors}{said}</div>')
     return "\n".join(parts)
 
 
