@@ -166,6 +166,7 @@ def convert(value: Any, hint: Any) -> Any:
             with suppress(TypeError):
                 return convert(value, part)
     elif origin is Literal:
+        value = _scalar(value)
         for part in parts:
             if type(value) is type(part) and value == part:
                 return value

@@ -56,6 +56,7 @@ ENDLESS.append(ENDLESS)
         (range(1, 3), tuple[int, int], (1, 2)),
         ([[1], [2]], tuple[tuple[int, ...], ...], ((1,), (2,))),
         ("relu", Literal["relu", "gelu"], "relu"),
+        (np.int64(2), Literal[2, 4], 2),
         ({"a": np.float64(2)}, Mapping[str, float], {"a": 2.0}),
         ({"a": range(2)}, Mapping, {"a": [0, 1]}),
         ([1, "a"], tuple, (1, "a")),
