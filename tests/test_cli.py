@@ -868,6 +868,7 @@ def test_examples_of_shipped_models_are_within_their_reach(
     Image.fromarray(digit[0].numpy()).save("digit.png")
     scene = scenes("valid", 1).images[0].permute(1, 2, 0)
     Image.fromarray(scene.numpy()).save("scene.png")
+    Image.fromarray(scene.numpy()).save("small.png")
     brain = hard_brain("valid", size=(40, 32, 36))[0][0].numpy()
     nibabel.save(nibabel.Nifti1Image(brain, np.eye(4)), "brain.nii.gz")
     tried = 0

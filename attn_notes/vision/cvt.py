@@ -298,8 +298,6 @@ PAPER = Recipe(
 )
 RECIPES = {"tiny": TINY, "paper": PAPER}
 W24_RECIPES = RECIPES | {"paper": replace(PAPER, weight_decay=0.1)}
-W24_RECIPES = RECIPES | {"paper": replace(PAPER, weight_decay=0.1)}
-W24_RECIPES = RECIPES | {"paper": replace(PAPER, weight_decay=0.1)}
 
 # %% ../../nbs/vision/07_cvt.ipynb #cvt-register
 W24: dict[str, Any] = {
