@@ -162,7 +162,7 @@ class LVViT(nn.Module, PretrainedMixin):
         mixed. Raises `InputError` as `check_given` does."""
         check_given(images, box, self.config)
         x = mix_tokens(self.stem(images.to(self.class_token.dtype)), box)
-        first = self.class_token.expand(len(x), 1, -1)
+        first = self.class_token.expand(x.shape[0], 1, -1)
         places = self.positions(*x.shape[1:3])
         return self.encoder(
             self.dropout(torch.cat([first, x.flatten(1, 2)], 1) + places)
