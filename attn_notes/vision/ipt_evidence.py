@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'RECIPE', 'LOCAL', 'random_state', 'reference', 'reference_body', 'NoBody', 'ConvBody', 'network',
-           'multiply_adds', 'train_photographs', 'Textures', 'train_textures', 'train_book']
+           'multiply_adds', 'train_photographs', 'Textures', 'fill_textures', 'train_textures', 'fill_one',
+           'train_book']
 
 # %% ../../nbs/vision/10_ipt_evidence.ipynb #ie-imports
 import time
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..data.damaged_images import crop, photographs, psnr
+from ..data.degraded_images import crop, photographs, psnr
 from ..data.restoration import Restoration
 from ..data.tasks import create_task
 from ..training.experiments import experiment
@@ -183,7 +184,7 @@ LOCAL = ("sr_x2", "denoise_30")
     timings=("seconds",),
 )
 def train_photographs(seed: int, body: str) -> dict:
-    "Train on two kinds of damage; scores of the held-out photographs."
+    "Train on two kinds of degradation; scores of the held-out photographs."
     task = create_task("restoration", tasks=LOCAL, image_size=24, seed=seed)
     model, begun = network(body, seed, LOCAL), time.process_time()
     recipe = replace(RECIPE, seed=seed, max_steps=300, batch_size=8)
@@ -250,6 +251,13 @@ class Textures(Restoration):
         }
 
 # %% ../../nbs/vision/10_ipt_evidence.ipynb #ie-runs-textures
+def fill_textures(seed: int, body: str) -> tuple[IPT, dict]:
+    "A network that has learned to fill the stripe, and its last row of metrics."
+    task, model = Textures(seed), network(body, seed, ("fill",))
+    recipe = replace(RECIPE, seed=seed, learning_rate=4e-3)
+    return model, train(model, task, recipe, progress=False)[-1]
+
+
 @experiment(
     "ipt",
     "textures",
@@ -259,11 +267,25 @@ class Textures(Restoration):
 )
 def train_textures(seed: int, body: str) -> dict:
     "Train to fill the stripe; PSNR of what was hidden in held-out textures."
-    task, model = Textures(seed), network(body, seed, ("fill",))
-    begun, recipe = time.process_time(), replace(RECIPE, seed=seed, learning_rate=4e-3)
-    last = train(model, task, recipe, progress=False)[-1]
+    begun = time.process_time()
+    _, last = fill_textures(seed, body)
     found = {name: round(last[f"valid_{name}"], 4) for name in ("psnr", "mean_colour")}
     return {**found, "seconds": round(time.process_time() - begun, 1)}
+
+
+@experiment(
+    "ipt",
+    "filled",
+    [{"body": body, "number": 4} for body in ("none", "Transformer")],
+    seeds=(0,),
+)
+def fill_one(seed: int, body: str, number: int) -> dict:
+    "What the same network makes of one held-out texture, as bytes (3 h w)."
+    model, _ = fill_textures(seed, body)
+    image = Textures(seed).fixed()["images"][number : number + 1]
+    with torch.no_grad():
+        filled = model.eval()(image, "fill")[0]
+    return {"filled": filled.clamp(0, 1).mul(255).round().int().tolist()}
 
 # %% ../../nbs/vision/10_ipt_evidence.ipynb #ie-made-function
 def train_book(output: str) -> None:

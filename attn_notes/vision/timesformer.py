@@ -119,10 +119,10 @@ def make_block(config: TimeSformerConfig, drop_path: float) -> EncoderBlock:
 class NearestPositions(GridPositions):
     "As ViT's; for another grid each place takes the vector of the nearest one."
 
-    def weights_along(self, n: int) -> Float[Tensor, "n s"]:
+    def shares(self, n: int) -> Float[Tensor, "n s"]:
         "Ones where the old row is the nearest to the new one."
-        old = torch.arange(n, device=self.weight.device) * self.side // n
-        return nn.functional.one_hot(old, self.side).to(self.weight)
+        old = torch.arange(n) * self.side // n
+        return nn.functional.one_hot(old, self.side).double()
 
 # %% ../../nbs/vision/11_timesformer.ipynb #ts-model
 class TimeSformer(nn.Module, PretrainedMixin):

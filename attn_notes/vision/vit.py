@@ -112,12 +112,16 @@ class GridPositions(nn.Module):
         key = (n, like.device, like.dtype)
         if key in self._weights_along:
             return self._weights_along[key]
-        old = torch.eye(self.side, dtype=torch.float64)[None, None]
-        new = F.interpolate(old, (n, self.side), mode="bicubic", antialias=True)
-        shares = new[0, 0].to(like)
+        shares = self.shares(n).to(like)
         if type(shares) is Tensor and not torch.compiler.is_compiling():
             self._weights_along[key] = shares  # fake tensors do not last
         return shares
+
+    def shares(self, n: int) -> Float[Tensor, "n s"]:
+        "These shares, before they are kept."
+        old = torch.eye(self.side, dtype=torch.float64)[None, None]
+        new = F.interpolate(old, (n, self.side), mode="bicubic", antialias=True)
+        return new[0, 0]
 
     def forward(self, height: int, width: int) -> Float[Tensor, "n d"]:
         "The vectors (n d) of a grid of height x width patches, the prefix before them."

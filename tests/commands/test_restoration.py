@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_notes.data.damaged_images import photographs
+from attn_notes.data.degraded_images import photographs
 from attn_notes.data.restoration import Restoration
 from attn_notes.zoo.factory import create_model
 

@@ -1,5 +1,5 @@
-"""Undoing what has happened to an image: damages, scores, held-out photographs, batches
-of one task, the task in files."""
+"""Undoing what has happened to an image: degradations, scores, held-out photographs,
+batches of one task, the task in files."""
 
 import json
 import math
@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from attn_notes.data import damaged_images
-from attn_notes.data.damaged_images import (
-    DAMAGES,
+from attn_notes.data import degraded_images
+from attn_notes.data.degraded_images import (
+    DEGRADATIONS,
     HELD_OUT,
     SIDE,
     bicubic,
     crop,
-    damage,
+    degrade,
     image_scores,
     luminance,
     photographs,
@@ -33,7 +33,7 @@ from attn_notes.training.recipes import Recipe
 from attn_notes.training.tasks import Task, describe_task
 from attn_notes.zoo.factory import create_model
 
-ALL = tuple(DAMAGES)
+ALL = tuple(DEGRADATIONS)
 
 
 class Same(nn.Module):
@@ -56,18 +56,18 @@ def fixed():
     return torch.Generator().manual_seed(0)
 
 
-# ---- damage
+# ---- degradation
 
 
 @pytest.mark.parametrize("task", ALL)
-def test_damage(task):
+def test_degradation(task):
     clean = crop(photographs("valid")[0], 48, training=False)[None]
-    bad = damage(clean, task, fixed())
-    side = 48 // DAMAGES[task].scale
+    bad = degrade(clean, task, fixed())
+    side = 48 // DEGRADATIONS[task].scale
     assert bad.shape == (1, 3, side, side)
     assert torch.equal(bad, quantize(bad))
-    assert torch.equal(bad, damage(clean, task)) == task.startswith("sr_x")
-    assert torch.equal(bad, damage(clean, task, fixed()))
+    assert torch.equal(bad, degrade(clean, task)) == task.startswith("sr_x")
+    assert torch.equal(bad, degrade(clean, task, fixed()))
     assert bicubic(bad, task).shape == clean.shape
 
 
@@ -75,13 +75,13 @@ def test_damage(task):
 def test_noise_has_its_deviation(task):
     grey = torch.full((1, 3, 96, 96), 0.5)
     sigma = int(task[-2:]) / 255
-    noise = (damage(grey, task, fixed()) - grey).std()
+    noise = (degrade(grey, task, fixed()) - grey).std()
     assert noise == pytest.approx(sigma, rel=0.05)
 
 
 def test_shrinking_is_pillows():
     clean = crop(photographs("train")[0], 96, training=False)
-    ours = damage(clean[None], "sr_x3")[0].mul(255).round()
+    ours = degrade(clean[None], "sr_x3")[0].mul(255).round()
     picture = Image.fromarray(clean.mul(255).byte().permute(1, 2, 0).numpy())
     theirs = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC))
     assert np.abs(ours.permute(1, 2, 0).numpy() - theirs.astype(float)).mean() < 1
@@ -89,20 +89,27 @@ def test_shrinking_is_pillows():
 
 def test_rain_only_brightens():
     clean = torch.full((2, 3, 64, 64), 0.3)
-    bad = damage(clean, "derain", fixed())
+    bad = degrade(clean, "derain", fixed())
     assert (bad >= quantize(clean)).all() and 0.1 < (bad > 0.31).float().mean() < 0.9
     assert torch.equal(bad[:, 0], bad[:, 1])  # as bright in every colour
 
 
 @pytest.mark.no_shapes
-def test_an_unknown_damage():
+def test_an_unknown_degradation():
     with pytest.raises(ConfigError, match="unknown task of restoration 'denoise_31'"):
-        damage(torch.rand(1, 3, 8, 8), "denoise_31")
+        degrade(torch.rand(1, 3, 8, 8), "denoise_31")
     with pytest.raises(ConfigError, match="unknown task of restoration 'rain'; did"):
         of(("sr_x2", "rain"))
 
 
 # ---- scores
+
+
+def test_luminance_is_scikit_images():
+    colours = pytest.importorskip("skimage.color")
+    image = torch.rand(1, 3, 5, 7, generator=fixed())
+    expected = colours.rgb2ycbcr(image[0].permute(1, 2, 0).numpy())[..., 0] / 255
+    assert np.abs(luminance(image)[0, 0].numpy() - expected).max() < 1e-5
 
 
 def test_scores_of_the_luminance():
@@ -132,7 +139,7 @@ def test_ssim_is_scikit_images():
         sigma=1.5,
         use_sample_covariance=False,
     )
-    assert damaged_images.ssim(a, b) == pytest.approx(theirs, abs=5e-3)
+    assert degraded_images.ssim(a, b) == pytest.approx(theirs, abs=5e-3)
 
 
 # ---- data and batches
@@ -190,7 +197,7 @@ def test_a_batch_has_its_task_and_its_sizes():
     )
 
 
-def test_held_out_damage_is_always_the_same():
+def test_held_out_degradation_is_always_the_same():
     task, again = of(), of(seed=5)
     one, other = (x.collate([x.dataset("valid")[1]]) for x in (task, again))
     assert torch.equal(one["denoise_30"]["images"], other["denoise_30"]["images"])

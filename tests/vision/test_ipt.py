@@ -285,7 +285,7 @@ def test_the_small_one_on_the_stand_in_device():
 
 
 def test_shipped_weights_beat_bicubic_on_photographs_they_never_saw():
-    from attn_notes.data.damaged_images import bicubic
+    from attn_notes.data.degraded_images import bicubic
     from attn_notes.data.restoration import mean_scores
     from attn_notes.data.tasks import load_task
     from attn_notes.zoo.registry import weights_folder

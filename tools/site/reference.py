@@ -8,7 +8,7 @@ from html import escape
 
 from book import Notebook, offered_names
 from claims import Claim
-from stage import badge, slug, statement, up
+from stage import badge, definitions, slug, statement, up
 
 # ---------------------------------------------------------------- the package, as its
 # notebooks define it
@@ -136,11 +136,7 @@ def find_symbols(notebooks: list[Notebook]) -> dict[str, list[Symbol]]:
                 "notebook": notebook.name,
                 "section": cell.section,
             }
-            for node in cell.tree.body:
-                if not isinstance(
-                    node, (ast.FunctionDef, ast.ClassDef)
-                ) or node.name.startswith("_"):
-                    continue
+            for node in definitions(cell):
                 is_class = isinstance(node, ast.ClassDef)
                 modules.setdefault(notebook.module, {})[node.name] = Symbol(
                     node.name,

@@ -69,15 +69,14 @@ def fold_title(cell: Cell) -> str:
     return f"The code: {', '.join(names[:3])}{more}" if names else "The code"
 
 
-def has_reference(notebook: Notebook) -> bool:
-    """Whether a module has a page of the reference: not one of constants alone."""
-    return any(
-        isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        and not node.name.startswith("_")
-        for cell in notebook.code()
-        if cell.exports
+def definitions(cell: Cell) -> list[ast.FunctionDef | ast.ClassDef]:
+    """The public functions and classes that a cell defines: those of the reference."""
+    return [
+        node
         for node in cell.tree.body
-    )
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+    ]
 
 
 def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str:
@@ -97,7 +96,7 @@ def strip_above(notebook: Notebook, cell: Cell, claims: dict[str, Claim]) -> str
             f'<span id="def-{name}"></span>' for name in defined_names(cell)
         )
         said = f"exported: {notebook.full_module}"
-        if has_reference(notebook):
+        if any(definitions(c) for c in notebook.code() if c.exports):
             page = f"{up(notebook.name)}api/{notebook.module}.html"
             said = f'<a href="{page}">{said}</a>'
         parts.append(f'<div class="cell-strip exported">{anchors}{said}</div>')
