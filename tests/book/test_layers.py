@@ -72,6 +72,7 @@ ANCESTORS = {
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
     "efficient.quantization": (),
+    "efficient.compact_design": ("vision.vit",),
 }
 
 
