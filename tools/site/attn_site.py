@@ -20,6 +20,7 @@ from pygments.token import (
     String,
     Token,
 )
+from reference import REFERENCE
 from sphinx.search.en import SearchEnglish
 
 CHINESE = re.compile(r"[\u3400-\u9fff]+")
@@ -146,7 +147,45 @@ def link_equations(
     )
 
 
+def reference_nav(env, pagename: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the sidebar of a page of the reference lists: captions with (page, text)."""
+    blocks = [
+        (
+            "Reference",
+            [(n, env.titles[n].astext()) for n in REFERENCE if n in env.titles],
+        )
+    ]
+    part, _, module = pagename.removeprefix("api/").partition(".")
+    if module:
+        start = f"api/{part}."
+        near = [n for n in env.toctree_includes["api/index"] if n.startswith(start)]
+        blocks.append(
+            (f"attn_notes.{part}", [(n, n.removeprefix(start)) for n in near])
+        )
+    return blocks
+
+
+def keep_to_notebooks(context: dict) -> None:
+    """A page that was generated has no source to download, only its print."""
+    context["sourcename"] = ""
+    for button in context["header_buttons"]:
+        if button["label"] == "download-buttons":
+            button["buttons"] = [
+                one
+                for one in button["buttons"]
+                if one["label"] != "download-source-button"
+            ]
+
+
 def on_page(app, pagename, templatename, context, doctree):
+    if context.get("page_source_suffix") == ".md":
+        keep_to_notebooks(context)
+    if pagename.startswith("api/"):
+        context["sidebars"] = [
+            "reference-nav.html" if name == "sbt-sidebar-nav.html" else name
+            for name in context["sidebars"]
+        ]
+        context["reference_nav"] = reference_nav(app.env, pagename)
     if "body" in context:
         root = "../" * pagename.count("/")
         context["body"] = link_names(

@@ -7,6 +7,7 @@ Nothing is run and nothing is fetched; the same notebooks give the same bytes.
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import re
@@ -21,10 +22,17 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from book import ROOT, Notebook, offered_names, read_book, reading_order  # noqa: E402
 from claims import main_chapters, read_claims  # noqa: E402
-from reference import Symbol, api_pages, claims_page, find_symbols, models_page  # noqa: E402
+from pictures import shorter  # noqa: E402
+from reference import (  # noqa: E402
+    REFERENCE,
+    Symbol,
+    api_pages,
+    claims_page,
+    find_symbols,
+    models_page,
+)
 from stage import nested_contents, stage_notebook  # noqa: E402
 
-REFERENCE = ["notation", "models", "claims", "workshop", "api/index"]
 # What the theme brings and this site does not use.
 UNUSED = (
     "*.map",
@@ -134,16 +142,18 @@ def thumbnails(notebooks: list[Notebook]) -> dict[str, str]:
     found = {}
     for notebook in notebooks:
         for cell in notebook.code():
+            if "hide" in cell.directives or cell.directives.get("output") == "false":
+                continue
             for output in cell.outputs:
                 picture = output.get("data", {}).get("image/svg+xml")
-                if picture and "hide" not in cell.directives:
+                if picture:
                     found.setdefault(notebook.name, "".join(picture))
     return found
 
 
-def thumbnail(name: str) -> str:
-    """Where the picture of a notebook stands in docs/."""
-    return f"_images/first/{name.replace('/', '-')}.svg"
+def thumbnail(picture: str) -> str:
+    """Where a picture that a cell put out stands in docs/: MyST-NB names it so."""
+    return f"_images/{hashlib.sha256(picture.encode()).hexdigest()}.svg"
 
 
 def gallery(notebooks: list[Notebook]) -> str:
@@ -151,7 +161,7 @@ def gallery(notebooks: list[Notebook]) -> str:
     pictures, cards = thumbnails(notebooks), []
     for notebook in main_chapters(notebooks):
         picture = (
-            f'<img src="{thumbnail(notebook.name)}" alt="" loading="lazy">'
+            f'<img src="{thumbnail(pictures[notebook.name])}" alt="" loading="lazy">'
             if notebook.name in pictures
             else ""
         )
@@ -253,9 +263,41 @@ SEARCH_ONLY = re.compile(
     r"</script>"
 )
 
+# Space that no reader sees: none is taken from what is set as it is written.
+AS_WRITTEN = re.compile(r"(<(pre|script|style|textarea)\b.*?</\2>)", re.DOTALL)
+LINE_ENDS = re.compile(r"\s*\n\s*")
+
 # Names, punctuation, operators and space have the colour of the text: an element for
-# each of them is a seventh of the whole site.
-PLAIN = re.compile(r'<span class="[npow]">([^<]*)</span>')
+# each of them is a seventh of the whole site. The pieces of a string have one colour.
+PLAIN = re.compile(r'<span class="(?:[npow]|n[bne]|vm)">([^<]*)</span>')
+STRING = r'<span class="s[12aei]">([^<]*)</span>'
+PIECES = re.compile(f"(?:{STRING}){{2,}}")
+
+
+def whole_string(pieces: re.Match) -> str:
+    """One element in the place of several for the pieces of a string."""
+    text = re.sub(STRING, r"\1", pieces[0])
+    return f'<span class="s2">{text}</span>'
+
+
+def squeeze(html: str) -> str:
+    """A page without indentation and empty lines, but for code and scripts."""
+    parts = AS_WRITTEN.split(html)  # plain, kept, its tag, plain, ...
+    return "".join(
+        LINE_ENDS.sub("\n", part) if place % 3 == 0 else part
+        for place, part in enumerate(parts)
+        if place % 3 < 2
+    )
+
+
+def to_download(path: Path) -> str:
+    """A notebook as a reader downloads it: as it is, but for the outputs, which are on
+    the page already and come again when it is run."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+    return json.dumps(notebook, ensure_ascii=False, indent=1) + "\n"
 
 
 def trim(output: Path) -> None:
@@ -268,9 +310,12 @@ def trim(output: Path) -> None:
             *([] if page.name == "search.html" else [SEARCH_ONLY]),
         ]:
             html = pattern.sub("", html)
-        html = PLAIN.sub(r"\1", html)
+        html = squeeze(PIECES.sub(whole_string, PLAIN.sub(r"\1", html)))
         page.write_text(html, encoding="utf-8")
         wanted |= set(re.findall(r"_static/images/([\w.-]+)", html))
+    for picture in (output / "_images").glob("*.svg"):
+        text = picture.read_text(encoding="utf-8")
+        picture.write_text(shorter(text), encoding="utf-8")
     for pattern in UNUSED:
         for path in sorted(
             output.rglob(pattern) if "/" not in pattern else output.glob(pattern)
@@ -309,13 +354,9 @@ def build_site(output: Path, root: Path = ROOT) -> None:
         if code:
             raise SystemExit(code)
         trim(output)
-        book = read_book(root)
-        for notebook in book:  # what a reader downloads is the notebook itself
-            shutil.copy(notebook.path, output / "_sources" / f"{notebook.name}.ipynb")
-        (output / "_images" / "first").mkdir(parents=True, exist_ok=True)
-        home = [*main_chapters(book), *(n for n in book if n.name == "index")]
-        for name, picture in thumbnails(home).items():
-            (output / thumbnail(name)).write_text(picture, encoding="utf-8")
+        for target in (output / "_sources").rglob("*.ipynb"):
+            path = root / "nbs" / target.relative_to(output / "_sources")
+            target.write_text(to_download(path), encoding="utf-8")
         (output / ".nojekyll").touch()
 
 
@@ -331,8 +372,9 @@ def readme(root: Path = ROOT) -> str:
         if "remove-input" in cell.metadata.get("tags", []):
             cell.transient = {"remove_source": True}
         for output in cell.get("outputs", []):  # the picture stands in docs/ already
-            if output.get("data", {}).pop("image/svg+xml", None):
-                output.data = {"text/markdown": f"![]({thumbnail('index')})"}
+            picture = output.get("data", {}).pop("image/svg+xml", None)
+            if picture:
+                output.data = {"text/markdown": f"![]({thumbnail(picture)})"}
     text, _ = MarkdownExporter().from_notebook_node(page)
     text = text.replace("](_images/", "](docs/_images/")
     text = re.sub(

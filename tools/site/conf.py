@@ -40,6 +40,7 @@ copybutton_selector = (
 
 html_theme = "sphinx_book_theme"
 html_title = project
+templates_path = [str(HERE / "templates")]
 html_static_path = [str(HERE / "static")]
 html_css_files = ["book.css"]
 html_favicon = str(HERE / "static" / "favicon.svg")

@@ -10,6 +10,8 @@ from book import Notebook, offered_names
 from claims import Claim
 from stage import badge, definitions, slug, statement, up
 
+REFERENCE = ["notation", "models", "claims", "workshop", "api/index"]
+
 # ---------------------------------------------------------------- the package, as its
 # notebooks define it
 
