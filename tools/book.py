@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The reading order: part, then its chapters. A pattern takes the notebooks that stand
 # nowhere above it.
 READING = [
+    ("The map", ["reading_map"]),
     ("Sequences before attention", ["sequence/01_*", "sequence/02_*", "sequence/03_*"]),
     ("Foundations", ["foundations/*", "sequence/00_*"]),
     ("The Transformer", ["sequence/*"]),

@@ -103,7 +103,7 @@ and times them. A reader of the chapters needs none of it.
 def pages_of(chapter: str, names: list[str]) -> tuple[str, ...]:
     """The pages that belong to a chapter: evidence and what else carries its name,
     vision/06_pvt_evidence and vision/00_pvt_formats to vision/06_pvt."""
-    part, stem = chapter.split("/")
+    part, _, stem = chapter.rpartition("/")
     starts = f"{chapter}_", f"{part}/00_{stem[3:]}_"
     own = [name for name in names if name.startswith(starts)]
     return tuple(sorted(own, key=lambda name: "/00_" in name))
