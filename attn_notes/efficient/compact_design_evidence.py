@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEM_NAMES', 'SPACE', 'COMPACT', 'PROXY', 'FULL', 'CHOSEN', 'NAMES', 'SHAPES', 'TIMES', 'stem_twins', 'sizes',
-           'candidates', 'search_digits', 'design', 'stemmed', 'try_design', 'train_design', 'named', 'compare_designs',
-           'try_again', 'time_design', 'stem_pair']
+           'candidates', 'search_digits', 'design', 'stemmed', 'try_design', 'named', 'compare_designs', 'try_again',
+           'time_design', 'stem_pair']
 
 # %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-imports
 import time
@@ -129,17 +129,6 @@ def try_design(seed: int, **sizes: Any) -> dict:
     seconds = round(time.process_time() - begun, 1)
     return {"accuracy": accuracy, "seconds": seconds}
 
-# %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-ranks
-@experiment(
-    "compact_design", "ranks", candidates()[::3], seeds=(0,), timings=("seconds",)
-)
-def train_design(seed: int, **sizes: Any) -> dict:
-    "The whole training of a candidate; accuracy on the digits of the search."
-    net, task, begun = design(seed, **sizes), search_digits(), time.process_time()
-    accuracy = fit(net, task, seed, **FULL)
-    seconds = round(time.process_time() - begun, 1)
-    return {"accuracy": accuracy, "seconds": seconds}
-
 # %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-designs
 CHOSEN: dict[str, dict[str, Any]] = {  # the best of `search`, mean of its two seeds
     "plain": {},
@@ -198,24 +187,24 @@ SHAPES = [
     *({"name": name} for name in NAMES[1:]),
     *({**one, "name": ""} for one in candidates()[1:]),
 ]
-TIMES = [f"{what} {b}" for b in (1, 64) for what in ("ratio", "low", "high")]
+TIMES = [f"{what} {b}" for b in (1, 16) for what in ("ratio", "low", "high")]
 
 
 @experiment("compact_design", "times", SHAPES, seeds=(0,), timings=TIMES)
 def time_design(seed: int, name: str, **sizes: Any) -> dict:
     """Processor time of a forward pass over that of the shipped ViT's sizes, for a
-    batch of 1 and of 64 images, one thread: median of 11 paired rounds, 95%
+    batch of 1 and of 16 images, one thread: median of 7 paired rounds, 95%
     interval."""
     net = named(name, seed) if name else design(seed, **sizes)
     plain = design(seed)
     found: dict[str, Any] = {"macs": vit_macs(net.config)}
     if isinstance(net, ConvStemViT):
         found["macs"] = net.macs()
-    for b in (1, 64):
+    for b in (1, 16):
         images, works = torch.randn(b, 1, 28, 28), []
         for model in (net, plain):
             works.append(torch.no_grad()(partial(model.eval(), images)))
-        ratio = time_pair(*works, rounds=11)
+        ratio = time_pair(*works, rounds=7)
         found |= {f"ratio {b}": round(ratio.ratio, 3)}
         found |= {f"low {b}": round(ratio.low, 3), f"high {b}": round(ratio.high, 3)}
     return found
