@@ -58,7 +58,7 @@ def stem_twins() -> tuple[ConvStemViT, nn.Module]:
     for tensor in theirs.state_dict().values():
         if tensor.is_floating_point():
             tensor += 0.1 * torch.rand_like(tensor)
-    config = replace(SPACE.base, img_size=32, in_chans=3, depth=3)
+    config = ViTConfig(**BOOK | {"img_size": 32, "in_chans": 3, "depth": 3})
     ours = ConvStemViT(config, (24, 48))
     state = rename(theirs.state_dict(), STEM_NAMES)
     ours.load_state_dict(TORCHVISION_FORMAT.apply(state, ours))
@@ -129,7 +129,7 @@ def try_design(seed: int, **sizes: Any) -> dict:
     seconds = round(time.process_time() - begun, 1)
     return {"accuracy": accuracy, "seconds": seconds}
 
-# %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-designs
+# %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-chosen
 CHOSEN: dict[str, dict[str, Any]] = {  # the best of `search`, mean of its two seeds
     "plain": {},
     "searched": {
@@ -154,7 +154,7 @@ def named(name: str, seed: int) -> ViT:
     "One of the designs by its name, with the weights of the seed."
     return stemmed(seed) if name == "stem" else design(seed, **CHOSEN[name])
 
-
+# %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-designs
 @experiment(
     "compact_design",
     "designs",
