@@ -58,7 +58,7 @@ def stem_twins() -> tuple[ConvStemViT, nn.Module]:
     for tensor in theirs.state_dict().values():
         if tensor.is_floating_point():
             tensor += 0.1 * torch.rand_like(tensor)
-    config = ViTConfig(**BOOK | {"img_size": 32, "in_chans": 3, "depth": 3})
+    config = replace(ViTConfig(**BOOK), img_size=32, in_chans=3, depth=3)
     ours = ConvStemViT(config, (24, 48))
     state = rename(theirs.state_dict(), STEM_NAMES)
     ours.load_state_dict(TORCHVISION_FORMAT.apply(state, ours))
