@@ -69,6 +69,17 @@ ANCESTORS = {
         "detection.detr_masks",
         "detection.set_prediction",
     ),
+    "detection.deformable_attention": (),
+    "detection.focal_classes": ("detection.set_prediction",),
+    "detection.deformable_detr_formats": ("detection.detr_formats",),
+    "detection.deformable_detr": (
+        "detection.deformable_attention",
+        "detection.deformable_detr_formats",
+        "detection.detr",
+        "detection.detr_backbone",
+        "detection.focal_classes",
+        "detection.set_prediction",
+    ),
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
 }
