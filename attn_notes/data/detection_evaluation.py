@@ -11,6 +11,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .box_scores import COCO_SIZES, average_precision
@@ -24,7 +25,7 @@ from ..training.stream import to_device
 class DetectionTraining(DetectionBatches):
     """What a detector loses on images, and how it scores."""
 
-    terms = ("l1", "giou")  # of the loss, beside "class", which objects have
+    terms = ("focal", "l1", "giou")  # of a loss, beside "class", which objects have
 
     def counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Images and objects of the batch."""
@@ -39,11 +40,14 @@ class DetectionTraining(DetectionBatches):
     def terms_of(
         self, model: nn.Module, outputs: Any, batch: Mapping[str, Any]
     ) -> dict[str, tuple[Tensor, float]]:
-        """The terms of a model's loss, summed, and their weights."""
+        """The terms of a model's loss, summed, and their weights; one that was counted
+        and is none of the model's is zero."""
         plain: Any = getattr(model, "module", model)  # of several processes
         sizes, weights = real_sizes(batch["mask"]), plain.loss_weights
         found = plain.losses(outputs, batch["targets"], sizes)
-        return {name: (value, weights[name]) for name, value in found.items()}
+        none = torch.zeros_like(next(iter(found.values())))
+        of_none = {name: (none, 0.0) for name in self.counts(batch)}
+        return of_none | {name: (value, weights[name]) for name, value in found.items()}
 
     def loss(
         self, model: nn.Module, batch: Mapping[str, Any]

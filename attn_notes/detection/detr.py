@@ -233,11 +233,15 @@ class BoxHead(nn.Module):
         pairs = zip(widths, widths[1:], strict=False)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
 
-    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 4"]:
-        "(... d) to (... 4)."
+    def logits(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 4"]:
+        "The four numbers before the sigmoid."
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
-        return self.layers[-1](x).sigmoid()
+        return self.layers[-1](x)
+
+    def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 4"]:
+        "(... d) to (... 4)."
+        return self.logits(x).sigmoid()
 
 # %% ../../nbs/detection/01_detr.ipynb #detr-pad
 def as_batch(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Objects', 'gather_objects', 'check_targets', 'check_masks', 'corners', 'generalized_iou', 'SetWeights',
-           'matching_cost', 'Matches', 'match', 'set_losses', 'mask_losses', 'pad_masks', 'scored_boxes']
+           'minus_probability', 'matching_cost', 'Matches', 'match', 'box_losses', 'set_losses', 'mask_losses',
+           'pad_masks', 'scored_boxes']
 
 # %% ../../nbs/detection/00_set_prediction.ipynb #sp-imports
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -165,21 +166,27 @@ class SetWeights:
         check_fields(self)
 
 
+def minus_probability(logits: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+    """What each class costs: minus its probability."""
+    return -logits.softmax(-1)
+
+
 def matching_cost(
     logits: Float[Tensor, "*b q k"],
     boxes: Float[Tensor, "*b q 4"],
     labels: Int[Tensor, "*b n"],
     objects: Float[Tensor, "*b n 4"],
     weights: SetWeights = SetWeights(),
+    class_costs: Callable[[Tensor], Tensor] = minus_probability,
 ) -> Float[Tensor, "*b q n"]:
     """What every prediction would cost for every object of its image (... q n), eq.
-    (eq-detr-match); boxes as middle and size."""
+    (eq-detr-match); boxes as middle and size. `class_costs` makes costs of logits."""
     classes = labels[..., None, :].expand(*boxes.shape[:-1], -1)
-    probability = logits.softmax(-1).gather(-1, classes)
+    of_class = class_costs(logits).gather(-1, classes)
     boxes, objects = boxes[..., :, None, :], objects[..., None, :, :]
     l1 = (boxes - objects).abs().sum(-1)
     giou = generalized_iou(corners(boxes), corners(objects))
-    cost = weights.l1_cost * l1 - weights.class_cost * probability
+    cost = weights.l1_cost * l1 + weights.class_cost * of_class
     return cost - weights.giou_cost * giou
 
 # %% ../../nbs/detection/00_set_prediction.ipynb #sp-match
@@ -204,8 +211,10 @@ def match(
     boxes: Float[Tensor, "l b q 4"],
     objects: Objects,
     weights: SetWeights = SetWeights(),
+    class_costs: Callable[[Tensor], Tensor] = minus_probability,
 ) -> Matches:
-    """The cheapest assignment of every image and decoder layer by itself. A cost that
+    """The cheapest assignment of every image and decoder layer by itself, by
+    `matching_cost`. A cost that
     is no number is taken as the largest, so that its prediction is chosen last. Raises
     `ConfigError` without scipy."""
     require_package("scipy", "detection")
@@ -216,7 +225,7 @@ def match(
     ]
     depth, q = logits.shape[0], logits.shape[2]
     predictions = [x.transpose(0, 1).flatten(1, 2) for x in (logits, boxes)]
-    costs = matching_cost(*predictions, *padded, weights)
+    costs = matching_cost(*predictions, *padded, weights, class_costs)
     largest = torch.finfo(costs.dtype).max
     costs = costs.nan_to_num(largest, largest, largest).cpu()
     found, start = [], 0
@@ -231,6 +240,17 @@ def match(
     return Matches(*table.unbind(1))
 
 # %% ../../nbs/detection/00_set_prediction.ipynb #sp-losses
+def box_losses(
+    boxes: Float[Tensor, "l b q 4"], objects: Objects, matches: Matches
+) -> dict[str, Float[Tensor, ""]]:
+    """`l1` and `giou` of eq. (eq-detr-loss), sums over the objects and the decoder
+    layers."""
+    layer, image, query, number = matches
+    found, wanted = boxes[layer, image, query], objects.boxes[number]
+    giou = (1 - generalized_iou(corners(found), corners(wanted))).sum()
+    return {"l1": (found - wanted).abs().sum(), "giou": giou}
+
+
 def set_losses(
     logits: Float[Tensor, "l b q k"],
     boxes: Float[Tensor, "l b q 4"],
@@ -248,13 +268,8 @@ def set_losses(
     weight[-1] = no_object_weight
     # every layer has as many objects, so that the mean over all is that of each
     mean = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weight)
-    found, wanted = boxes[layer, image, query], objects.boxes[number]
-    giou = (1 - generalized_iou(corners(found), corners(wanted))).sum()
-    return {
-        "class": mean * logits.shape[0] * logits.shape[1],
-        "l1": (found - wanted).abs().sum(),
-        "giou": giou,
-    }
+    of_class = {"class": mean * logits.shape[0] * logits.shape[1]}
+    return of_class | box_losses(boxes, objects, matches)
 
 # %% ../../nbs/detection/00_set_prediction.ipynb #sp-mask-losses
 def mask_losses(

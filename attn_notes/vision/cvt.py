@@ -24,7 +24,7 @@ from attn_notes.foundations.checks import (
     check_images,
 )
 from ..foundations.values import Amount, Depth, Positive, Rate, Size
-from ..training.recipes import Augmentation, Recipe
+from ..training.recipes import DEIT_AUGMENTATION, Recipe
 from .cvt_formats import BOOK_FORMAT, HF_FORMAT, OFFICIAL_FORMAT
 from ..zoo.hub import PretrainedMixin
 from ..zoo.registry import IMAGENET, register_models
@@ -291,9 +291,7 @@ PAPER = Recipe(
     max_steps=187_671,
     batch_size=2048,
     label_smoothing=0.1,
-    augmentation=Augmentation(
-        rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mixup=0.8, cutmix=1.0
-    ),
+    augmentation=DEIT_AUGMENTATION,
     num_workers=8,
 )
 RECIPES = {"tiny": TINY, "paper": PAPER}

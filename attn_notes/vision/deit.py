@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import attn_notes.vision.vit as vit
 from ..foundations.checks import ConfigError, Output
 from ..foundations.values import Rate
-from ..training.recipes import Augmentation, Recipe
+from ..training.recipes import DEIT_AUGMENTATION, Recipe
 from .vit import GridPositions, ViT, ViTConfig
 from ..zoo.formats import CheckpointFormat, StateDict, rename
 from ..zoo.registry import IMAGENET, register_models
@@ -185,13 +185,7 @@ TINY = Recipe(
     label_smoothing=0.1,
 )
 EPOCH = 1251  # steps of 1,024 of the 1,281,167 images
-AUGMENTATION = Augmentation(
-    rand_augment="rand-m9-mstd0.5-inc1",
-    random_erasing=0.25,
-    mixup=0.8,
-    cutmix=1.0,
-    repeats=3,
-)
+AUGMENTATION = replace(DEIT_AUGMENTATION, repeats=3)
 PAPER = Recipe(  # table 9; the model with drop_path_rate=0.1 and no dropout
     optimizer="adamw",
     learning_rate=5e-4 * 1024 / 512,

@@ -26,7 +26,7 @@ from attn_notes.foundations.checks import (
 )
 from ..foundations.initialization import init_normal_
 from ..foundations.values import Amount, Depth, Positive, Rate, Size
-from ..training.recipes import Augmentation, Recipe
+from ..training.recipes import DEIT_AUGMENTATION, Recipe
 from attn_notes.vision.pvt_formats import (
     BOOK_FORMAT,
     HF_FORMAT,
@@ -265,9 +265,7 @@ PAPER = Recipe(
     max_steps=375_300,
     batch_size=1024,
     label_smoothing=0.1,
-    augmentation=Augmentation(
-        rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mixup=0.8, cutmix=1.0
-    ),
+    augmentation=DEIT_AUGMENTATION,
     num_workers=8,
 )
 

@@ -69,7 +69,7 @@ def test_images_of_different_sizes():
     assert batch["images"][1, :, :, 24:].abs().max() == 0
     assert batch["targets"][0]["boxes"].tolist() == [[1, 2, 9, 24]]  # its border
     assert batch["targets"][1]["boxes"].shape == (0, 4)
-    assert task.counts(batch) == {"class": 2, "l1": 1, "giou": 1}
+    assert task.counts(batch) == {"class": 2, "focal": 1, "l1": 1, "giou": 1}
     model = Toy()
     task.loss(model, batch)
     assert model.given[1] is batch["mask"]
