@@ -71,6 +71,7 @@ ANCESTORS = {
     ),
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
+    "efficient.pruning": (),
     "efficient.distillation": (),
 }
 
