@@ -71,6 +71,8 @@ ANCESTORS = {
     ),
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
+    "efficient.efficient_attention": (),
+    "efficient.hashing": ("efficient.efficient_attention",),
     "efficient.pruning": (),
     "efficient.distillation": (),
 }
