@@ -71,8 +71,9 @@ ANCESTORS = {
     ),
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
-    "efficient.efficient_attention": (),
-    "efficient.hashing": ("efficient.efficient_attention",),
+    "efficient.approximation": (),
+    "efficient.efficient_attention": ("efficient.approximation",),
+    "efficient.hashing": ("efficient.approximation",),
     "efficient.pruning": (),
     "efficient.distillation": (),
 }
