@@ -490,3 +490,30 @@ def test_dropout_of_pairs_acts_in_training_alone():
         mean = torch.stack([attention.train()(q, k, v) for _ in range(400)]).mean(0)
         assert not torch.equal(attention(q, k, v), whole)
         assert (mean - whole).abs().mean() < 0.1 * whole.square().mean() ** 0.5
+
+
+# ---- what the evidence measures with
+
+
+def test_exponents_and_the_mean():
+    from attn_notes.efficient.efficient_attention_evidence import (
+        MeanAttention,
+        exponents,
+    )
+
+    rows = [
+        {"config": {"kind": kind, "n": n}, "seed": seed, "metrics": {"seconds": t}}
+        for kind, power in (("a", 2), ("b", 1))
+        for seed in (0, 1)
+        for n in (128, 1024, 2048, 8192)
+        for t in [n**power * 1e-6 * (seed + 1) + 99 * (n < 1024)]
+    ]
+    for kind, power in (("a", 2), ("b", 1)):
+        assert all(abs(x - power) < 1e-9 for x in exponents(rows, kind))
+        assert len(exponents(rows, kind)) == 2
+    q, k, v = qkv()
+    even = torch.zeros_like(q)
+    for is_causal in (False, True):
+        expected = F.scaled_dot_product_attention(even, k, v, is_causal=is_causal)
+        found = MeanAttention()(q, k, v, is_causal=is_causal)
+        assert (found - expected).abs().max() < 1e-10
