@@ -84,6 +84,11 @@ ANCESTORS = {
     "segmentation.unetr": ("segmentation.unetr_formats",),
     "efficient.quantization": (),
     "efficient.compact_design": ("vision.vit",),
+    "efficient.approximation": (),
+    "efficient.efficient_attention": ("efficient.approximation",),
+    "efficient.hashing": ("efficient.approximation",),
+    "efficient.pruning": (),
+    "efficient.distillation": (),
 }
 
 
