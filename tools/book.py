@@ -22,7 +22,7 @@ READING = [
     ("Vision", ["vision/0[1-9]_*", "vision/*"]),  # what chapters share stands last
     ("Detection", ["detection/0[1-9]_*", "detection/*"]),
     ("Segmentation", ["segmentation/0[1-9]_*", "segmentation/*"]),
-    ("Efficient attention", ["efficient/*"]),
+    ("Efficient Transformers", ["efficient/0[1-9]_*", "efficient/*"]),
     ("Workshop: training", ["training/*"]),
     ("Workshop: data", ["data/*"]),
     ("Workshop: package and command line", ["zoo/*", "cli", "commands/*"]),
