@@ -578,8 +578,8 @@ register_models(
         | IMAGENET
         for name, config in SIZES.items()
     },
-    paper="Zhu et al. 2021",
-    year=2021,
+    paper="Zhu et al. 2020",
+    year=2020,
     chapter="detection/02_deformable_detr",
     task="detection",
     classifier=("class_heads.*",),
