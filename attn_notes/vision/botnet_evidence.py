@@ -89,8 +89,8 @@ class PlacedProjection(nn.Module):
         self.positions = GridPositions(in_proj.in_channels, side)
         nn.init.normal_(self.positions.weight, std=ADDED_STD)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3c h w"]:
-        "A map to its queries, keys and values, side by side."
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3*c h w"]:
+        "A map (b c h w) to its queries, keys and values, side by side."
         places = self.positions(*x.shape[2:]).T
         return self.in_proj(x + places.unflatten(1, x.shape[2:]))
 
