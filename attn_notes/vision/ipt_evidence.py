@@ -276,7 +276,7 @@ def train_textures(seed: int, body: str) -> dict:
 @experiment(
     "ipt",
     "filled",
-    [{"body": body, "number": 4} for body in ("none", "Transformer")],
+    [{"body": body, "number": 4} for body in BODIES],
     seeds=(0,),
 )
 def fill_one(seed: int, body: str, number: int) -> dict:
