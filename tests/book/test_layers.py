@@ -71,6 +71,12 @@ ANCESTORS = {
     ),
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
+    "segmentation.upernet_formats": ("vision.swin_formats",),
+    "segmentation.upernet": (
+        "segmentation.upernet_formats",
+        "vision.swin",
+        "vision.windows",
+    ),
 }
 
 
