@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .semantic_pictures import fit_pair
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .boxes import BoxPreprocessing
-from .image_batches import Held, check_names
+from .image_batches import check_names
 from attn_notes.data.semantic_masks import (
     IGNORED,
     FolderMasks,
@@ -27,6 +26,7 @@ from attn_notes.data.semantic_masks import (
     open_pair,
     read_mask_rows,
 )
+from .semantic_pictures import fit_pair
 from .text_task import on_device
 from .translation_task import inference
 from ..foundations.checks import ConfigError, InputError, Output, check_value
@@ -152,9 +152,8 @@ class SemanticBatches:
         size = 1 if folder else 32
         starts = range(rank * size, len(rows), world_size * size)
         numbers = [range(start, min(start + size, len(rows))) for start in starts]
-        held: Any = self
         yield from DataLoader(
-            Held(held, rows),
+            _Held(self, rows),
             batch_size=None,
             sampler=numbers,
             num_workers=self.num_workers if folder else 0,
@@ -180,6 +179,16 @@ class SemanticBatches:
                 f"num_classes: expected {len(self.classes)}, as the task has; got "
                 f"{found} in the model's configuration"
             )
+
+
+class _Held(Dataset):
+    """Collates the rows of a split with these numbers."""
+
+    def __init__(self, task: SemanticBatches, rows: Any):
+        self.task, self.rows = task, rows
+
+    def __getitem__(self, index: Sequence[int]) -> dict[str, Tensor]:
+        return self.task.collate([self.rows[i] for i in index])
 
 # %% ../../nbs/data/44_semantic_batches.ipynb #sb-training
 class SemanticTraining(SemanticBatches):
