@@ -72,10 +72,11 @@ ANCESTORS = {
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
     "segmentation.upernet_formats": ("vision.swin_formats",),
+    "segmentation.upernet_backbone": ("vision.swin", "vision.windows"),
     "segmentation.upernet": (
+        "segmentation.upernet_backbone",
         "segmentation.upernet_formats",
         "vision.swin",
-        "vision.windows",
     ),
 }
 

@@ -22,8 +22,8 @@ from attn_notes.segmentation.upernet import (
     UperNet,
     UperNetConfig,
     UperNetOutput,
-    shifted_windows,
 )
+from attn_notes.segmentation.upernet_backbone import shifted_windows
 from attn_notes.segmentation.upernet_formats import FORMATS, HEADS, neighbours_apart
 from attn_notes.training.recipes import make_optimizer
 from attn_notes.vision.windows import make_windows
