@@ -41,16 +41,17 @@ def twins(config: UperNetConfig) -> tuple[nn.Module, UperNet]:
     require_package("transformers", "dev")
     import transformers
 
+    library: Any = transformers
     swin = config.backbone
     names = ("patch_size", "embed_dim", "depths", "num_heads", "window_size")
     stages = [f"stage{i + 1}" for i in range(len(config.depths))]
-    backbone = transformers.SwinConfig(
+    backbone = library.SwinConfig(
         **{name: getattr(config, name) for name in (*names, "mlp_ratio")},
         num_channels=swin.in_chans,
         drop_path_rate=config.drop_path_rate,
         out_features=stages,
     )
-    theirs = transformers.UperNetConfig(
+    theirs = library.UperNetConfig(
         backbone_config=backbone,
         hidden_size=config.hidden_size,
         pool_scales=config.pool_scales,
@@ -58,7 +59,7 @@ def twins(config: UperNetConfig) -> tuple[nn.Module, UperNet]:
         num_labels=config.num_classes,
     )
     torch.manual_seed(0)
-    reference = transformers.UperNetForSemanticSegmentation(theirs)
+    reference = library.UperNetForSemanticSegmentation(theirs)
     for parameter in reference.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     for name, buffer in reference.named_buffers():
@@ -80,7 +81,8 @@ def segmentation_pair(training: bool, side: int = 256) -> tuple[Work, Work, int]
         auxiliary=False,
     )
     reference, ours = twins(replace(config, auxiliary=True))
-    for model in (ours, reference):
+    both: list[Any] = [ours, reference]
+    for model in both:
         model.auxiliary_head = None  # one head each
     reference.train(training), ours.train(training)
     images = torch.randn(1 + training, 3, side, side)

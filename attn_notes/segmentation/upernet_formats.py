@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+import attn_notes.vision.swin_formats as swin_formats
 from ..foundations.checks import ConfigError
-from ..vision import swin_formats
 from ..zoo.formats import CheckpointFormat, StateDict, matches, rename
 
 # %% ../../nbs/segmentation/00_upernet_formats.ipynb #upf-heads

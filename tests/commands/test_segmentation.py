@@ -16,7 +16,9 @@ def folder(tmp_path_factory):
     """A small UperNet with its task, and two scenes."""
     folder = tmp_path_factory.mktemp("upernet")
     torch.manual_seed(0)
-    create_model("upernet_swin_book", embed_dim=8).save_pretrained(folder)
+    create_model("upernet_swin_book", embed_dim=8, num_classes=11).save_pretrained(
+        folder
+    )
     create_task("semantic_segmentation", "scenes", limit=1).save(folder)
     for i, image in enumerate(scenes("valid", 2).images):
         path = folder / "scenes" / f"{i}.png"
