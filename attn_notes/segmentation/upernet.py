@@ -193,8 +193,8 @@ class UperNet(nn.Module, PretrainedMixin):
         super().__init__()
         self.config = config
         self.backbone = SwinBackbone(config.backbone)
-        self.decode_head = UperHead(config)
         self.auxiliary_head = AuxiliaryHead(config) if config.auxiliary else None
+        self.decode_head = UperHead(config)
 
     def no_weight_decay(self) -> set[str]:
         "Parameters that weight decay spares, beside norms and biases."
