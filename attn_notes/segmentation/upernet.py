@@ -206,7 +206,7 @@ class UperNet(nn.Module, PretrainedMixin):
         """Logits (b k h w) of images (b c h w); in training an `UperNetOutput`. Raises
         `InputError` for images of another number of channels, or smaller than a patch,
         and for a single one in training: means over a batch are taken of it."""
-        check_sides(images, self.config.backbone)
+        check_sides(images, self.backbone.config)
         if self.training and images.shape[0] == 1:
             raise InputError(
                 "images: expected two or more in training, for batch normalization; "
