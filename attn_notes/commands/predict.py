@@ -168,6 +168,7 @@ def add_prediction(commands: Any) -> None:
   attn-notes predict vit_base_patch16_224 --pretrained B_16.npz cat.jpg photographs/
   attn-notes predict igpt_book digit.png --output completed.png
   attn-notes predict detr_tiny scene.png --output boxes.png
+  attn-notes predict upernet_swin_book scene.png --output masks.png
   attn-notes predict unetr_tiny brain.nii.gz --output tissues.nii.gz
   attn-notes predict ipt_book small.png --task sr_x2 --output large.png""",
     )

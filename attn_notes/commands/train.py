@@ -217,6 +217,8 @@ def add_training(commands: Any) -> None:
       --data imagenet --data-dir DIR --output runs/deit
   attn-notes train detr_resnet50 --recipe paper \\
       --data coco --data-dir DIR --output runs/detr
+  attn-notes train upernet_swin_tiny --recipe paper --pretrained SWIN.pth \\
+      --data ade20k --data-dir DIR --output runs/upernet
   attn-notes train unetr_base --recipe paper --data btcv --data-dir DIR \\
       --output runs/unetr
   torchrun --nproc-per-node 8 --no-python \\

@@ -83,6 +83,9 @@ KINDS = {
     ),
     "detection": TaskKind("attn_notes.data.detection", ("scenes", "coco")),
     "panoptic_segmentation": TaskKind("attn_notes.data.panoptic", ("scenes",)),
+    "semantic_segmentation": TaskKind(
+        "attn_notes.data.semantic_segmentation", ("scenes", "ade20k")
+    ),
     "video_classification": TaskKind(
         "attn_notes.data.video_classification", ("sliding", "kinetics")
     ),

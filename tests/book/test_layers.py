@@ -89,6 +89,13 @@ ANCESTORS = {
     "efficient.hashing": ("efficient.approximation",),
     "efficient.pruning": (),
     "efficient.distillation": (),
+    "segmentation.upernet_formats": ("vision.swin_formats",),
+    "segmentation.upernet_backbone": ("vision.swin", "vision.windows"),
+    "segmentation.upernet": (
+        "segmentation.upernet_backbone",
+        "segmentation.upernet_formats",
+        "vision.swin",
+    ),
 }
 
 
