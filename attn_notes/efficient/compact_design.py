@@ -26,6 +26,10 @@ from ..foundations.values import Count, Rate, Seed, Size
 from ..vision.vit import ViT, ViTConfig
 
 # %% ../../nbs/efficient/05_compact_design.ipynb #cd-macs
+def _patches(config: ViTConfig) -> int:
+    return (config.img_size // config.patch_size) ** 2
+
+
 def vit_macs(config: ViTConfig) -> int:
     """Multiply-adds of one image of `img_size` in a ViT, eq. (eq-cd-macs): the matrix
     products and the attention, as torch's counter of operations has them; norms,
@@ -44,10 +48,6 @@ def vit_macs(config: ViTConfig) -> int:
     wide = config.representation_size or 0
     head = d * wide + (wide or d) * config.num_classes
     return patches * config.in_chans * p**2 * d + config.depth * block + head
-
-
-def _patches(config: ViTConfig) -> int:
-    return (config.img_size // config.patch_size) ** 2
 
 # %% ../../nbs/efficient/05_compact_design.ipynb #cd-parameters
 def vit_parameters(config: ViTConfig) -> int:
