@@ -13,7 +13,7 @@ import attn_notes as an
 
 LIST = yaml.safe_load((ROOT / "nbs" / "reading_list.yaml").read_text(encoding="utf-8"))
 NEEDED = {"name", "title", "authors", "year", "task"}
-FURTHER = {"arxiv", "url", "chapter", "beside", "builds_on", "shown"}
+FURTHER = {"arxiv", "url", "chapter", "beside", "builds_on"}
 TASKS = "text images detection segmentation other efficiency survey".split()
 CHAPTERS = {n.name for n in read_book()}
 MAIN = {n.name for n in main_chapters(read_book())} - {"reading_map"}
@@ -28,6 +28,12 @@ def registered() -> frozenset[tuple[str, str, int]]:
 
 def home(paper: dict) -> str:
     return paper.get("chapter", paper.get("beside", ""))
+
+
+def posted(paper: dict) -> int:
+    """The year of the first posting: that of the number on arXiv, if there is one."""
+    number = paper.get("arxiv")
+    return 2000 + int(number[:2]) if number else paper["year"]
 
 
 def faults(reading: dict, chapters: set[str], models) -> list[str]:
@@ -55,7 +61,7 @@ def faults(reading: dict, chapters: set[str], models) -> list[str]:
         for parent in paper.get("builds_on", ()):
             if parent not in by_name:
                 wrong.append(f"{paper['name']} builds on {parent}, which is not listed")
-            elif by_name[parent]["year"] > paper["year"]:
+            elif posted(by_name[parent]) > posted(paper):
                 wrong.append(f"{paper['name']} is older than {parent}")
     for source in reading["sources"]:
         named = [source["paper"]]
@@ -78,6 +84,7 @@ def test_every_paper_says_what_it_is_and_where(paper):
     assert not {"chapter", "beside"} <= {*paper}, "in a chapter of its own or beside"
     assert paper["task"] in TASKS and 1990 < paper["year"] < 2030
     assert isinstance(paper.get("arxiv", ""), str), "quotes around the number"
+    assert 0 <= paper["year"] - posted(paper) <= 1, "posted, then published"
 
 
 def test_a_model_without_a_paper_is_noticed():
