@@ -22,7 +22,7 @@ from ..foundations.masks import merge_masks
 from ..foundations.values import NonNegative, Positive, Range
 from ..training.losses import soft_distillation
 
-# %% ../../nbs/efficient/03_distillation.ipynb #kd-observe
+# %% ../../nbs/efficient/03_distillation.ipynb #kd-task-parts
 @contextmanager
 def observe_calls(model: nn.Module) -> Generator[list[tuple], None, None]:
     "Collect (arguments, keyword arguments, output) of every call of `model`."
@@ -36,7 +36,7 @@ def observe_calls(model: nn.Module) -> Generator[list[tuple], None, None]:
     finally:
         hook.remove()
 
-# %% ../../nbs/efficient/03_distillation.ipynb #kd-task-parts
+
 def counted(labels: Tensor) -> Bool[Tensor, "*n"]:
     "True where there is a label: classes by number, or shares of classes (b k)."
     if labels.is_floating_point():

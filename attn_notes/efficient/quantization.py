@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FLOATS', 'Quantized', 'quantize_tensor', 'int8_linear', 'fake_quantize', 'matrices', 'weight_at',
-           'import_torchao', 'quantize', 'int8_share', 'saved_bytes', 'FakeQuantize', 'simulate']
+           'int8_share', 'saved_bytes', 'import_torchao', 'quantize', 'FakeQuantize', 'simulate']
 
 # %% ../../nbs/efficient/04_quantization.ipynb #qn-imports
 import importlib
@@ -102,7 +102,7 @@ def int8_linear(
         y = x @ weight.codes.to(x.dtype).mT * scale
     return y if bias is None else y + bias
 
-# %% ../../nbs/efficient/04_quantization.ipynb #qn-fake
+
 def fake_quantize(
     x: Float[Tensor, "*rows d"],
     bits: int = 8,
@@ -134,6 +134,19 @@ def weight_at(model: nn.Module, path: str) -> Tensor:
     "The weight at a path of `matrices`."
     owner, _, name = path.rpartition(".")
     return getattr(model.get_submodule(owner), name)
+
+
+def int8_share(model: nn.Module) -> float:
+    "The share of the model's weights, by number, that is in int8."
+    counts = [(p.numel(), hasattr(p, "qdata")) for p in model.parameters()]
+    return sum(n for n, is_int8 in counts if is_int8) / sum(n for n, _ in counts)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    "Bytes of the file that torch.save makes of the model's state."
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getbuffer().nbytes
 
 # %% ../../nbs/efficient/04_quantization.ipynb #qn-torchao
 def import_torchao() -> Any:
@@ -178,19 +191,6 @@ def quantize(model: nn.Module, kind: str = "dynamic") -> nn.Module:
     named = ao.FqnToConfig(dict.fromkeys(matrices(model), config))
     ao.quantize_(model, named, filter_fn=None)
     return model
-
-# %% ../../nbs/efficient/04_quantization.ipynb #qn-share
-def int8_share(model: nn.Module) -> float:
-    "The share of the model's weights, by number, that is in int8."
-    counts = [(p.numel(), hasattr(p, "qdata")) for p in model.parameters()]
-    return sum(n for n, is_int8 in counts if is_int8) / sum(n for n, _ in counts)
-
-
-def saved_bytes(model: nn.Module) -> int:
-    "Bytes of the file that torch.save makes of the model's state."
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file.getbuffer().nbytes
 
 # %% ../../nbs/efficient/04_quantization.ipynb #qn-simulate
 class FakeQuantize(nn.Module):
