@@ -95,7 +95,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
             if child is not None and child in new:
                 setattr(parent, name, new[child])
 
-# %% ../../nbs/efficient/02_pruning.ipynb #pr-prune
+# %% ../../nbs/efficient/02_pruning.ipynb #pr-keep
 @torch.no_grad()
 def keep_heads(layer: MultiHeadAttention, kept: list[int]) -> PrunedAttention:
     "A smaller attention with these heads of another, in their order."
@@ -117,7 +117,7 @@ def keep_heads(layer: MultiHeadAttention, kept: list[int]) -> PrunedAttention:
         new.out_proj.bias.copy_(layer.out_proj.bias)
     return new.train(layer.training)
 
-
+# %% ../../nbs/efficient/02_pruning.ipynb #pr-prune
 def prune_heads(model: nn.Module, heads: Mapping[str, Collection[int]]) -> nn.Module:
     """Take heads out of a model, for good: `heads` has numbers, from 0, by path of an
     attention, counted as the attention has them now. The model, which gives what it
