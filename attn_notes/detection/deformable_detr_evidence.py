@@ -59,7 +59,7 @@ STEPS = 400
 @experiment(
     "deformable_detr",
     "convergence",
-    [{"model": "detr", "steps": STEPS}, {"model": "detr", "steps": 2 * STEPS}]
+    [{"model": "detr", "steps": STEPS * times} for times in (1, 2, 3)]
     + [{"model": name, "steps": STEPS} for name in VARIANTS],
     seeds=range(3),
     timings=("seconds",),
@@ -90,6 +90,8 @@ def hf_deformable_detr(config: DeformableDETRConfig) -> nn.Module:
         value = fields.get(one[0], fields.get(one[1]))
         fields |= dict.fromkeys(one, value)
     fields |= {"two_stage_num_proposals": config.num_queries, "focal_alpha": 0.25}
+    for name in ("class_cost", "bbox_cost", "giou_cost"):
+        fields[name] = int(fields[name])  # what transformers takes
     labels = dict(enumerate(map(str, range(config.num_classes))))
     options: Any = {"id2label": labels, "use_pretrained_backbone": False}
     return DeformableDetrForObjectDetection(DeformableDetrConfig(**fields, **options))

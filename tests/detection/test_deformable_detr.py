@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import attn_notes as an
 from attn_notes.detection.deformable_attention import (
     DeformableAttention,
     Levels,
     sample_levels,
 )
-from torch.utils.flop_counter import FlopCounterMode
-
-import attn_notes as an
 from attn_notes.detection.deformable_detr import (
     PAPER,
     SIZES,
