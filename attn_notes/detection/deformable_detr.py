@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .deformable_attention import DeformableAttention, Levels
+from attn_notes.detection.deformable_attention import (
+    DeformableAttention,
+    Levels,
+    centers,
+    on_maps,
+    place_grid,
+)
 from .deformable_detr_formats import FORMATS
 from .detr import BoxHead, SinePositions, as_batch, smaller_mask
 from .detr_backbone import make_backbone
@@ -185,7 +191,7 @@ class DeformableDecoder(Stack):
         evaluation behind the last alone."""
         states, boxes = [], []
         for layer, head in zip(self.layers, heads, strict=True):
-            around = levels.on_maps(references)
+            around = on_maps(levels, references)
             x = self.call_layer(layer, x, queries, around, memory, levels)
             last = len(states) + 1 == len(self.layers)
             states.append(x)
@@ -224,7 +230,7 @@ class Proposals(nn.Module):
         twice the side in each next one, before the sigmoid; infinite in padding and
         where a side of it is nearer to the edge than a hundredth."""
         sizes = [h * w for h, w in levels.shapes]
-        grid = levels.grid(like)
+        grid = place_grid(levels, like)
         sides = [grid.new_full((n, 2), 0.05 * 2**i) for i, n in enumerate(sizes)]
         squares = torch.cat([grid, torch.cat(sides).expand_as(grid)], -1)
         usable = ((squares > 0.01) & (squares < 0.99)).all(-1, keepdim=True)
@@ -303,8 +309,8 @@ class DeformableDETR(nn.Module, PretrainedMixin):
         key = (*levels.shapes, wide.device, wide.dtype)
         if levels.shares is None and key in self._tables:
             return self._tables[key]
-        parts, grid = [], levels.grid(wide)
-        for x, y in levels.centers(wide, 1e-6):
+        parts, grid = [], place_grid(levels, wide)
+        for x, y in centers(levels, wide, 1e-6):
             rows, columns = self.positions.encode(y), self.positions.encode(x)
             pair = torch.broadcast_tensors(rows[:, :, None], columns[:, None])
             parts.append(torch.cat(pair, -1).flatten(1, 2))
@@ -359,7 +365,7 @@ class DeformableDETR(nn.Module, PretrainedMixin):
             e.expand(n, -1) for e, n in zip(self.level_embedding, names, strict=True)
         ]
         positions = places.to(tokens.dtype) + torch.cat(of_level)
-        around = levels.on_maps(grid)
+        around = on_maps(levels, grid)
         memory = self.encoder(tokens, positions, around, levels)
         start, references, proposals = self.start_queries(memory, levels)
         queries, x = start.chunk(2, -1)
@@ -561,7 +567,7 @@ COUNTS: dict[str, tuple] = {  # parameters, multiply-accumulates, and the author
         76_125_030_400,
         {"parameters": "34M", "GFLOPs": 78},
     ),
-    "deformable_detr_tiny": (589_508, 56_210_432, {}),
+    "deformable_detr_tiny": (589_508, 56_248_832, {}),
 }
 
 register_models(
