@@ -178,7 +178,7 @@ class DeformableDecoder(Stack):
         super().__init__(layers)
         self.refine = refine
 
-    def forward(  # ty: ignore[invalid-method-override]
+    def forward(  # ty: ignore[incompatible-method-override]
         self,
         x: Float[Tensor, "b q d"],
         queries: Float[Tensor, "b q d"],
