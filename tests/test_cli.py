@@ -305,13 +305,13 @@ def test_train_interrupt_resume_predict(tmp_path, capsys):
     ]
     process = start(*train, tmp_path / "broken")
     deadline = time.monotonic() + 200
+    rows = tmp_path / "broken" / "metrics.jsonl"
     while (
-        not (tmp_path / "broken" / "metrics.jsonl").exists()
+        not (rows.exists() and rows.read_text().count("\n") >= 3)  # steps into the run
         and process.poll() is None
         and time.monotonic() < deadline
     ):
         time.sleep(0.02)
-    time.sleep(1)  # some steps into the run
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 130, said
