@@ -9,7 +9,6 @@ __all__ = ['LONGEST', 'OPTIONS', 'SemanticAnswers', 'class_names', 'processor_pr
 # %% ../../nbs/data/44_semantic_segmentation.ipynb #ss-imports
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from attn_notes.data.semantic_masks import (
     mask_data,
 )
 from .semantic_pictures import FoundClasses
-from .tasks import TASK_FILE, read_task, register_task, write_task
+from .tasks import TASK_FILE, read_task, register_task
 from .text_task import read_config
 from .translation_task import inference
 from ..foundations.checks import CheckpointError, InputError, check_value
@@ -170,12 +169,7 @@ class SemanticSegmentation(SemanticAnswers):
         task.dataset("train")  # what is absent is said now
         return task
 
-    def save(self, folder: str | Path) -> None:
-        """Write task.json: classes, preprocessing, name of the data."""
-        data = self.data and {k: v for k, v in self.data.items() if k != "data_dir"}
-        stored = {"data": data, "classes": self.classes, "augment": self.augment}
-        stored["preprocessing"] = asdict(self.preprocessing)
-        write_task(folder, self.kind, stored)
+    save = StoredImages.save
 
     @classmethod
     def load(cls, folder: str | Path, data_dir: str | Path | None = None) -> Any:

@@ -22,6 +22,7 @@ from attn_notes.detection.deformable_attention import (
     DeformableAttention,
     Levels,
     centers,
+    map_sizes,
     on_maps,
     place_grid,
 )
@@ -247,8 +248,7 @@ class Proposals(nn.Module):
         encode: Any,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Queries (b q 2d), positions and contents, the boxes (b q 4) around which they
-        look, and what every token proposes. Raises nothing: fewer tokens than queries
-        are refused by the model."""
+        look, and what every token proposes."""
         places = self.places(levels, memory)
         tokens = memory.masked_fill(places.isinf().any(-1, keepdim=True), 0)
         tokens = self.token_norm(self.token_proj(tokens))
@@ -277,7 +277,7 @@ class DeformableDETR(nn.Module, PretrainedMixin):
         self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, d) for _ in self.projections)
         self.level_embedding = nn.Parameter(torch.randn(c.num_feature_levels, d))
         self.positions = SinePositions(d)
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple, tuple[Tensor, ...]] = {}
         self.encoder = Stack(DeformableEncoderBlock(c) for _ in range(c.encoder_layers))
         layers = [DeformableDecoderBlock(c) for _ in range(c.decoder_layers)]
         self.decoder = DeformableDecoder(layers, c.refine)
@@ -300,11 +300,10 @@ class DeformableDETR(nn.Module, PretrainedMixin):
         depth = self.config.decoder_layers
         return pairs[:depth] if self.config.refine else pairs * depth
 
-    def places(
-        self, levels: Levels, like: Tensor
-    ) -> tuple[Float[Tensor, "#b s d"], Float[Tensor, "#b s 2"]]:
-        """Sines and cosines of every token's place, and the place; without padding both
-        are computed once for shapes, device and type."""
+    def places(self, levels: Levels, like: Tensor) -> tuple[Tensor, ...]:
+        """Sines and cosines of every token's place (1 or b, s, d), the place (1 or b,
+        s, 2), and the sizes of the maps (l 2); without padding they are computed once
+        for shapes, device and type."""
         wide = like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
         key = (*levels.shapes, wide.device, wide.dtype)
         if levels.shares is None and key in self._tables:
@@ -314,7 +313,7 @@ class DeformableDETR(nn.Module, PretrainedMixin):
             rows, columns = self.positions.encode(y), self.positions.encode(x)
             pair = torch.broadcast_tensors(rows[:, :, None], columns[:, None])
             parts.append(torch.cat(pair, -1).flatten(1, 2))
-        found = torch.cat(parts, 1), grid
+        found = torch.cat(parts, 1), grid, map_sizes(levels.shapes, wide)
         if levels.shares is None and type(grid) is Tensor:
             if not torch.compiler.is_compiling():
                 self._tables[key] = found  # fake tensors do not last
@@ -359,10 +358,11 @@ class DeformableDETR(nn.Module, PretrainedMixin):
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor] | None]:
         """States and boxes of the queries behind the decoder's layers, and what the
         tokens propose."""
-        places, grid = self.places(levels, tokens)
-        names = [h * w for h, w in levels.shapes]
+        places, grid, sizes = self.places(levels, tokens)
+        levels = levels._replace(sizes=sizes)
+        counts = [h * w for h, w in levels.shapes]
         of_level = [
-            e.expand(n, -1) for e, n in zip(self.level_embedding, names, strict=True)
+            e.expand(n, -1) for e, n in zip(self.level_embedding, counts, strict=True)
         ]
         positions = places.to(tokens.dtype) + torch.cat(of_level)
         around = on_maps(levels, grid)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from attn_notes.efficient.approximation import (
     ApproximateAttention,
-    wide,
     without_autocast,
 )
-from ..foundations.attention import attention_weights
+from ..foundations.attention import attention_weights, wide
 from ..foundations.checks import InputError, check_positive
 
 # %% ../../nbs/efficient/01_efficient_attention.ipynb #ea-local-class

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from attn_notes.efficient.approximation import (
     ApproximateAttention,
-    wide,
     without_autocast,
 )
-from ..foundations.attention import attention_weights
+from ..foundations.attention import attention_weights, wide
 from attn_notes.foundations.checks import (
     ConfigError,
     InputError,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..foundations.attention import MultiHeadAttention
+from ..foundations.attention import MultiHeadAttention, wide
 from attn_notes.foundations.checks import (
     CheckpointError,
     ConfigError,
@@ -268,7 +268,7 @@ def factorize(linear: nn.Linear, rank: int) -> LowRankLinear:
     out_features, in_features = linear.weight.shape
     new = LowRankLinear(in_features, out_features, rank, linear.bias is not None)
     new = new.to(linear.weight)
-    left, values, right = torch.linalg.svd(_whole(linear.weight), full_matrices=False)
+    left, values, right = torch.linalg.svd(wide(linear.weight), full_matrices=False)
     roots = values[:rank].sqrt()
     new.up.weight.copy_(left[:, :rank] * roots)
     new.down.weight.copy_(roots[:, None] * right[:rank])
@@ -277,15 +277,10 @@ def factorize(linear: nn.Linear, rank: int) -> LowRankLinear:
     return new.train(linear.training)
 
 
-def _whole(weight: Tensor) -> Tensor:
-    "A matrix with at least 32 bits, which the decomposition needs."
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-
-
 def truncation_errors(weight: Float[Tensor, "o i"]) -> Float[Tensor, "r"]:
     """The relative error |W - UV| / |W| (root of the sum of squares) of the best
     product of rank 1, 2, ..., from the singular values alone, eq. (eq-pr-tail)."""
-    squares = torch.linalg.svdvals(_whole(weight)).square()
+    squares = torch.linalg.svdvals(wide(weight.detach())).square()
     tails = squares.flip(0).cumsum(0).flip(0)
     return (torch.cat([tails[1:], tails.new_zeros(1)]) / tails[0]).sqrt()
 

@@ -60,7 +60,7 @@ class UperNetConfig:
         check_fields(self)
         if len(self.depths) < 2:
             raise ConfigError(f"depths: expected two stages or more; got {self.depths}")
-        assert not self.backbone.num_classes  # what Swin refuses is refused now
+        _ = self.backbone  # what Swin refuses is refused now
 
     @property
     def backbone(self) -> SwinConfig:
@@ -289,7 +289,7 @@ SIZES = {
     "upernet_swin_book": UperNetConfig(**BOOK),
 }
 # parameters with the auxiliary head, multiply-accumulates of one image without it; and
-# Swin's table 3: mIoU, with several scales, parameters, GFLOPs at 512 x 2048
+# of the authors' code: mIoU, with several scales, parameters, GFLOPs at 512 x 2048
 COUNTS: dict[str, tuple] = {
     "upernet_swin_tiny": (59_941_862, 236_864_792_448, 44.51, 45.81, "60M", 945),
     "upernet_swin_small": (81_259_766, 260_583_910_272, 47.64, 49.47, "81M", 1038),
