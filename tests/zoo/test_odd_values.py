@@ -25,6 +25,7 @@ ODD = {
     str: [None, 3, "nonsense", ["relu"], ""],
     tuple: [3, "333", (), (0,), (True,), (1.5, 3), None, {3}, {"a": 1}, (2**70,)],
 }
+MAY_BE_EMPTY = {"pool_scales"}  # UperNet without its pyramid pooling
 
 
 def odd_values(config):
@@ -32,7 +33,7 @@ def odd_values(config):
     for field in fields(config):
         value = getattr(config, field.name)
         for odd in ODD.get(type(value), []):
-            if odd == () == field.default:
+            if odd == () and (field.default == () or field.name in MAY_BE_EMPTY):
                 continue
             if odd is not None or type(None) not in get_args(field.type):
                 yield field.name, odd
