@@ -2,10 +2,13 @@
 a reader sees."""
 
 import re
+from io import BytesIO
 
+import numpy as np
 import pytest
 from build import PIECES, squeeze, whole_string
-from pictures import shorter, shorter_path
+from pictures import shorter, shorter_path, smaller_png
+from PIL import Image
 
 GLYPH = (
     "M 628 4666L3578 4666L3578 4134L1259 4134L1259 2753Q 1000 900 -12 40"
@@ -75,6 +78,30 @@ def test_letters_of_a_picture_keep_their_places():
         "<use xlink:href='#c' transform='translate(0 3) scale(0.7)'/>"
         "<use xlink:href='#d' x='4' y='-5'/></g></svg>"
     )
+
+
+def some_pixels(kind: str) -> np.ndarray:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    if kind != "translucent":
+        pixels[..., 3] = 255
+    if kind == "grey":
+        pixels[..., 1:3] = pixels[..., :1]
+    if kind == "few colours":
+        pixels[..., :3] = random.integers(0, 256, (9, 3))[pixels[..., 0] % 9]
+    return pixels
+
+
+@pytest.mark.parametrize("kind", ["translucent", "many colours", "grey", "few colours"])
+def test_a_smaller_picture_has_the_same_pixels(kind):
+    pixels = some_pixels(kind)
+    Image.fromarray(pixels).save(file := BytesIO(), "PNG")
+    small = smaller_png(file.getvalue())
+    with Image.open(BytesIO(small)) as found:
+        assert (np.asarray(found.convert("RGBA")) == pixels).all()
+    assert len(small) <= len(file.getvalue())
+    if kind in ("grey", "few colours"):
+        assert len(small) < 0.5 * len(file.getvalue())
 
 
 def test_space_in_code_is_kept():

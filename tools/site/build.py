@@ -258,6 +258,8 @@ NEEDLESS = [
     re.compile(r'\s*<script[^>]*src="[^"]*/fontawesome\.js[^"]*"></script>'),
     re.compile(r'\s*<meta name="docsearch:[^>]*>'),
 ]
+# A class that no style of the theme asks for, on every link within the site.
+UNSTYLED = ' class="reference internal"'
 SEARCH_ONLY = re.compile(
     r'\s*<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*">'
     r"</script>"
@@ -310,6 +312,7 @@ def trim(output: Path) -> None:
             *([] if page.name == "search.html" else [SEARCH_ONLY]),
         ]:
             html = pattern.sub("", html)
+        html = html.replace(UNSTYLED, "")
         html = squeeze(PIECES.sub(whole_string, PLAIN.sub(r"\1", html)))
         page.write_text(html, encoding="utf-8")
         wanted |= set(re.findall(r"_static/images/([\w.-]+)", html))

@@ -1,13 +1,19 @@
 """The same picture in fewer characters: what matplotlib writes as SVG, shorter, and no
-point of it moved."""
+point of it moved and no pixel changed."""
 
 import re
+from base64 import b64decode, b64encode
 from functools import cache
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
 
 STEP = re.compile(r"([A-Za-z])([^A-Za-z]*)")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 TAKES = {"M": 2, "L": 2, "Q": 4, "C": 6, "z": 0}  # what matplotlib writes
 OUTLINE = re.compile(r"(?<= d=)'([^']*)'")
+EMBEDDED = re.compile(r"(?<=data:image/png;base64,)[^'\"]*")
 PLACED = re.compile(r" transform='translate\(([-.\d]+) ([-.\d]+)\)'/>")
 
 
@@ -66,8 +72,35 @@ def shorter_path(path: str) -> str:
     return "".join(parts)
 
 
+def smaller_png(data: bytes) -> bytes:
+    """The same pixels, with as few channels as they need: a table of colours, grey, or
+    no opacity; what cannot be made smaller stays."""
+    with Image.open(BytesIO(data)) as opened:
+        picture = opened.convert("RGBA")
+    forms = [picture]
+    if picture.getchannel("A").getextrema() == (255, 255):
+        plain = picture.convert("RGB")
+        red, green, blue = (band.tobytes() for band in plain.split())
+        forms = [plain.getchannel(0) if red == green == blue else plain]
+        pixels = np.asarray(plain).reshape(-1, 3)
+        colours, which = np.unique(pixels, axis=0, return_inverse=True)
+        if len(colours) <= 256:
+            table = which.reshape(plain.height, plain.width).astype(np.uint8)
+            forms.append(Image.fromarray(table, "P"))
+            forms[-1].putpalette(colours.tobytes())
+    made = [data]
+    for form in forms:
+        form.save(file := BytesIO(), "PNG", optimize=True)
+        made.append(file.getvalue())
+    return min(made, key=len)
+
+
 def shorter(svg: str) -> str:
-    """A picture of matplotlib's with shorter paths, and letters placed by x and y."""
+    """A picture of matplotlib's with shorter paths, letters placed by x and y, and
+    smaller embedded pictures."""
+    svg = EMBEDDED.sub(
+        lambda png: b64encode(smaller_png(b64decode(png[0]))).decode(), svg
+    )
     svg = OUTLINE.sub(lambda found: f"'{shorter_path(found[1])}'", svg)
     uses = re.split(r"(<use [^>]*>)", svg)
     uses[1::2] = [PLACED.sub(r" x='\1' y='\2'/>", use) for use in uses[1::2]]
