@@ -170,7 +170,8 @@ class PVTStage(nn.Module):
             positions = positions[self.num_prefix_tokens :]
         else:
             x = torch.cat([token.expand(x.shape[0], 1, -1), x], 1)
-        return self.blocks(self.dropout(x + positions), sides), sides
+        x = self.dropout(x + positions)  # and what it was is free
+        return self.blocks(x, sides), sides
 
 # %% ../../nbs/vision/06_pvt.ipynb #pvt-model
 class PVT(nn.Module, PretrainedMixin):

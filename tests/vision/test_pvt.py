@@ -24,6 +24,7 @@ from attn_notes.training.recipes import make_optimizer
 from attn_notes.vision import pvt_evidence as evidence
 from attn_notes.vision.pvt import PVT, SIZES, PVTBlock, PVTConfig, SpatialReduction
 from attn_notes.vision.pvt_formats import HF_FORMAT, OFFICIAL_FORMAT, resize_bilinear
+from attn_notes.zoo.benchmark import peak_memory
 from attn_notes.zoo.checkpoints import shipped_weights
 from attn_notes.zoo.devices import STAND_IN, fake_device, to_stand_in
 from attn_notes.zoo.factory import count_parameters, create_model
@@ -466,3 +467,8 @@ def test_the_cost_of_a_layer_is_the_formula(ratio):
     n, m = 64, 64 // ratio**2
     dense = 64**2 * ((2 + (ratio > 1)) * n + 2 * m)
     assert found["macs"] == dense + 2 * n * m * 64 and found["seconds"] > 0
+
+
+def test_a_forward_holds_no_more_than_the_library_s():
+    ours, theirs, _ = evidence.pvt_pair(training=False, b=1)
+    assert peak_memory(ours) <= 1.01 * peak_memory(theirs)
