@@ -9,6 +9,7 @@ __all__ = ['FrozenBatchNorm', 'ResNetBackbone', 'SmallBackbone', 'small_block', 
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,9 +30,13 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         "(b c h w) to the same shape, in training and evaluation alike."
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
+        mean, variance, eps = self.running_mean, self.running_var, self.eps
+        if not x.requires_grad:
+            return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=eps)
+        scale = self.weight * (variance + eps).rsqrt()
+        pair = self.bias - mean * scale, scale
+        shift, scale = (one.to(x.dtype)[:, None, None] for one in pair)
+        return torch.addcmul(shift, x, scale)  # keeps no map for the way back
 
 # %% ../../nbs/detection/00_detr_backbone.ipynb #bb-resnet
 class ResNetBackbone(IntermediateLayerGetter):

@@ -391,6 +391,27 @@ def test_frozen_batch_norm_is_batch_norm_in_evaluation():
     assert not torch.allclose(norm.train()(x), found, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_frozen_batch_norm_keeps_no_map_for_its_gradient(dtype):
+    frozen = FrozenBatchNorm(6)
+    for value in frozen.state_dict().values():
+        value.uniform_(0.5, 2)
+    x = torch.randn(2, 6, 30, 40, dtype=dtype)
+    if dtype == torch.float64:
+        frozen = frozen.double()
+    expected, kept = frozen(x), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda value: kept.append(value.numel()) or value, lambda value: value
+    ):
+        found = frozen(x.requires_grad_())
+    close = dict(atol=1e-12) if dtype == torch.float64 else dict(rtol=0.02, atol=0.02)
+    assert found.dtype == dtype and torch.allclose(found, expected, **close)
+    assert max(kept) == 6
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    scale = frozen.weight * (frozen.running_var + frozen.eps).rsqrt()
+    assert torch.allclose(gradient, scale[:, None, None].to(dtype).expand_as(x))
+
+
 def test_a_step_of_training_moves_no_norm_of_the_backbone():
     model = small().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
