@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHOOL', 'WAYS', 'UNSEEN', 'RAISED', 'SMALL', 'READING', 'TEXTS', 'STARTS', 'PermutedTeacher', 'permute_others',
            'lesson', 'pupil', 'school', 'held_out', 'right', 'learn_digits', 'learn_without', 'read', 'read_small',
-           'read_copied']
+           'read_softer', 'read_copied']
 
 # %% ../../nbs/efficient/03_distillation_evidence.ipynb #ke-imports
 import time
@@ -180,7 +180,12 @@ READING = replace(
 
 
 def read(
-    seed: int, learns_from: str, steps: int, start: str = "fresh", **sizes: Any
+    seed: int,
+    learns_from: str,
+    steps: int,
+    start: str = "fresh",
+    temperature: float = 1.0,
+    **sizes: Any,
 ) -> dict:
     "Train a student; bits per character of the test split, parameters, seconds."
     teacher, task = released()
@@ -191,7 +196,7 @@ def read(
     given: Any = task
     if learns_from != "labels":
         by = PermutedTeacher(teacher) if learns_from == "permuted" else teacher
-        given = Taught(task, by, temperature=1.0, weight=0.9)
+        given = Taught(task, by, temperature, weight=0.9)
     begun = time.process_time()
     train(student, given, replace(READING, seed=seed, max_steps=steps), progress=False)
     return {
@@ -210,6 +215,18 @@ TEXTS += [{"learns_from": "permuted", "steps": 200}]
 def read_small(seed: int, learns_from: str, steps: int) -> dict:
     "The student of width 64."
     return read(seed, learns_from, steps, **SMALL)
+
+# %% ../../nbs/efficient/03_distillation_evidence.ipynb #ke-temperature
+@experiment(
+    "distillation",
+    "temperature",
+    [{"temperature": T} for T in (2.0, 4.0, 8.0)],
+    seeds=range(3),
+    timings=("seconds",),
+)
+def read_softer(seed: int, temperature: float) -> dict:
+    "The student of width 64 from its teacher at another temperature."
+    return read(seed, "teacher", 200, temperature=temperature, **SMALL)
 
 # %% ../../nbs/efficient/03_distillation_evidence.ipynb #ke-copied
 STARTS = [

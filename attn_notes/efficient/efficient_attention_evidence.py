@@ -211,6 +211,8 @@ MAKES: dict[str, Callable[[], ApproximateAttention] | None] = {
     "linformer": lambda: LinformerAttention(100, 16),
     "linear": LinearAttention,
     "performer": lambda: PerformerAttention(16, 32),
+    "hashing": lambda: LSHAttention(16, 10, 2),
+    "shared keys": lambda: LSHAttention(16, 100, 1),  # one bucket: all pairs
     "mean": MeanAttention,
 }
 

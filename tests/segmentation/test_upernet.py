@@ -24,6 +24,7 @@ from attn_notes.segmentation.upernet import (
     UperNetOutput,
 )
 from attn_notes.segmentation.upernet_backbone import shifted_windows
+from attn_notes.segmentation.upernet_evidence import with_head
 from attn_notes.segmentation.upernet_formats import FORMATS, HEADS, neighbours_apart
 from attn_notes.training.recipes import make_optimizer
 from attn_notes.vision.windows import make_windows
@@ -230,6 +231,26 @@ def test_without_pooling_and_without_the_auxiliary_head():
     )
     output = model(images())
     assert isinstance(output, UperNetOutput) and [*output] == ["logits"]
+
+
+def test_heads_that_are_compared_differ_in_nothing_else():
+    """Backbone and auxiliary head begin alike; the heads are what they are called."""
+    full, no_pooling, last = (
+        with_head(head, 3) for head in ("UperNet", "without pooling", "last map")
+    )
+    for other in (no_pooling, last):
+        for key, value in other.state_dict().items():
+            if not key.startswith("decode_head"):
+                assert torch.equal(value, full.state_dict()[key]), key
+    assert not len(no_pooling.decode_head.pyramid.branches)
+    assert not torch.equal(
+        full.backbone.patch_embedding.weight,
+        with_head("UperNet", 4).backbone.patch_embedding.weight,
+    )
+    maps = last.backbone.forward_pyramid(torch.randn(1, 3, 64, 64))
+    found, classifier = last.decode_head(maps), last.decode_head.classifier
+    by_hand = torch.einsum("kc,bchw->bkhw", classifier.weight[..., 0, 0], maps[-1])
+    assert found.shape == (1, 2, 4, 4) and torch.allclose(found, by_hand, atol=1e-6)
 
 
 def test_training_gives_both_and_evaluation_a_tensor():
