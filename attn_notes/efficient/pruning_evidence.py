@@ -130,6 +130,7 @@ def fine_tune(model: Any, task: Any, name: str, seed: int) -> float:
             ("random", 0.5),
             ("normalized", 0.75),
             ("none", 0.0),
+            ("plain", 0.5),
         )
     ],
     seeds=range(3),

@@ -8,6 +8,7 @@ __all__ = ['WAYS', 'LOW_BITS', 'CASES', 'MEASURED', 'TIMED', 'released', 'in_bit
 
 # %% ../../nbs/efficient/04_quantization_evidence.ipynb #qe-imports
 from functools import lru_cache
+from itertools import product
 from math import log
 from typing import Any
 
@@ -97,7 +98,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 MEASURED = ("ratio", "low", "high", "seconds", "float_seconds", "peak", "float_peak")
 TIMED = [
     {"case": case, "kind": kind, "compiled": compiled}
-    for case, compiled in (("image", False), ("token", False), ("image", True))
+    for case, compiled in product(CASES, (False, True))
     for kind in ("weight_only", "dynamic")
 ]
 
