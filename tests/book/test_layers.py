@@ -44,6 +44,7 @@ ANCESTORS = {
     "vision.windows": (),
     "vision.swin_formats": (),
     "vision.swin": ("vision.windows", "vision.swin_formats"),
+    "vision.swin_backbone": ("vision.swin", "vision.windows"),
     "vision.swin_mlp": ("vision.swin", "vision.swin_formats", "vision.windows"),
     "vision.botnet_formats": (),
     "vision.botnet": ("vision.botnet_formats",),
@@ -90,11 +91,10 @@ ANCESTORS = {
     "efficient.pruning": (),
     "efficient.distillation": (),
     "segmentation.upernet_formats": ("vision.swin_formats",),
-    "segmentation.upernet_backbone": ("vision.swin", "vision.windows"),
     "segmentation.upernet": (
-        "segmentation.upernet_backbone",
         "segmentation.upernet_formats",
         "vision.swin",
+        "vision.swin_backbone",
     ),
 }
 
