@@ -81,6 +81,13 @@ ANCESTORS = {
         "detection.focal_classes",
         "detection.set_prediction",
     ),
+    "detection.swin_rcnn_formats": ("vision.swin_formats",),
+    "detection.swin_rcnn_parts": ("vision.swin",),
+    "detection.swin_rcnn": (
+        "detection.swin_rcnn_formats",
+        "detection.swin_rcnn_parts",
+        "vision.swin_backbone",
+    ),
     "segmentation.unetr_formats": (),
     "segmentation.unetr": ("segmentation.unetr_formats",),
     "efficient.quantization": (),
