@@ -56,14 +56,14 @@ class RCNN(nn.Module):
     def __init__(self, config: SwinRCNNConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = self.make_backbone()
-        widths, width = config.backbone.widths, config.hidden_size
+        self.backbone, widths = self.make_backbone()
+        width = config.hidden_size
         self.fpn = FeaturePyramidNetwork([*widths], width, LastLevelMaxPool())
         self.rpn, self.roi_heads = make_rpn(config), make_heads(config)
 
-    def make_backbone(self) -> Any:
-        "What has `forward_pyramid` and `no_weight_decay`."
-        return SwinBackbone(self.config.backbone)
+    def make_backbone(self) -> tuple[Any, Sequence[int]]:
+        "What has `forward_pyramid` and `no_weight_decay`, and its maps' channels."
+        return SwinBackbone(self.config.backbone), self.config.backbone.widths
 
     def no_weight_decay(self) -> set[str]:
         "Parameters that weight decay spares, beside norms and biases."
@@ -186,8 +186,8 @@ TINY = Recipe(
     lr_scales={"backbone.*": 0.5},
     weight_decay=0.05,
     schedule="cosine",
-    warmup_steps=100,
-    max_steps=3000,
+    warmup_steps=70,
+    max_steps=700,
     batch_size=16,
     max_grad_norm=1.0,
 )
