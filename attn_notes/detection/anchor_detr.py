@@ -97,9 +97,9 @@ class Places(NamedTuple):
     """Positions of the places of a map or of queries: along x and along y, and in the
     plane; what an attention does not use is None."""
 
-    x: Tensor | None
-    y: Tensor | None
-    plane: Tensor | None
+    x: Any  # tensors (b n d), or None
+    y: Any
+    plane: Any
 
 
 class PointPositions(nn.Module):
@@ -122,7 +122,8 @@ class PointPositions(nn.Module):
 
     def forward(self, encoded: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         "Positions (... d) from sines."
-        return self.layers(encoded.to(self.layers[0].weight.dtype))
+        first: Any = self.layers[0]
+        return self.layers(encoded.to(first.weight.dtype))
 
 
 def axis_middles(real: Bool[Tensor, "b n"], dtype: torch.dtype) -> Float[Tensor, "b n"]:
@@ -310,7 +311,8 @@ class AnchorDETR(nn.Module, PretrainedMixin):
         self, features: Float[Tensor, "b d h w"], mask: Bool[Tensor, "b h w"] | None
     ) -> Float[Tensor, "l b q d"]:
         "The states of the queries behind the decoder's layers."
-        shape, tokens = tuple(features.shape[-2:]), features.flatten(2).mT
+        height, width = features.shape[-2:]
+        shape, tokens = (height, width), features.flatten(2).mT
         own, places = self.map_places(shape, mask, features)
         tokens = self.encoder(tokens, shape, own, places, mask)
         among, queries = self.query_places()
@@ -391,7 +393,8 @@ def init_anchor_detr_(model: AnchorDETR) -> AnchorDETR:
     """Start the weights as the authors' code does: classes improbable (1%), boxes at
     their anchor point with a side of 0.12. Returns the model."""
     nn.init.xavier_uniform_(model.projection.weight)
-    nn.init.zeros_(model.projection.bias)
+    bias: Any = model.projection.bias
+    nn.init.zeros_(bias)
     nn.init.constant_(model.class_head.bias, -math.log(99))
     last: Any = model.box_head.layers[-1]
     nn.init.zeros_(last.weight)

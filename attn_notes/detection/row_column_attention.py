@@ -23,7 +23,7 @@ class AxisAttention(ScaledDotProductAttention):
     """Softmax attention along one axis of a map, with values that all queries share
     (b h m c), or that each has for itself (b h n m c)."""
 
-    def forward(  # ty: ignore[invalid-method-override]
+    def forward(  # ty: ignore[incompatible-method-override]
         self,
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b h m d"],
