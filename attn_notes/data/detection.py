@@ -145,18 +145,21 @@ def coco_names() -> list[str]:
 
 def detector_classes(stored: Mapping[str, Any], where: str) -> list[str]:
     """The names of classes in a configuration of another library. Raises
-    `CheckpointError` where there are none, and not COCO's number of classes either."""
+    `CheckpointError` where there are none, and not COCO's number of classes either: 91
+    with idle ones, 80 without."""
     try:
         if "id2label" in stored:
             table = {int(i): str(name) for i, name in stored["id2label"].items()}
             return [table[i] for i in range(len(table))]
         if stored["num_classes"] == 91:
             return coco_names()
+        if stored["num_classes"] == 80:
+            return [name for name in coco_names() if name != "N/A"]
         raise ValueError(f"{stored['num_classes']} classes")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{where}: expected the names of classes in id2label, or COCO's 91 "
-            f"classes; could not use them: {error}"
+            f"or 80 classes; could not use them: {error}"
         ) from None
 
 

@@ -82,6 +82,9 @@ KINDS = {
         ("mnist", "digits", "photographs", "imagenet"),
     ),
     "detection": TaskKind("attn_notes.data.detection", ("scenes", "coco")),
+    "instance_segmentation": TaskKind(
+        "attn_notes.data.detection_masks", ("scenes", "coco")
+    ),
     "panoptic_segmentation": TaskKind("attn_notes.data.panoptic", ("scenes",)),
     "semantic_segmentation": TaskKind(
         "attn_notes.data.semantic_segmentation", ("scenes", "ade20k")

@@ -23,10 +23,10 @@ from attn_notes.foundations.checks import (
     check_fields,
 )
 from ..foundations.values import Depth, NonNegative, Positive, Rate, Size
-from .upernet_backbone import SwinBackbone
 from .upernet_formats import FORMATS, HEADS
 from ..training.recipes import Recipe
 from ..vision.swin import SwinConfig, check_sides
+from ..vision.swin_backbone import SwinBackbone
 from ..zoo.hub import PretrainedMixin
 from ..zoo.registry import IMAGENET, register_models
 

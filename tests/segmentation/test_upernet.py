@@ -23,10 +23,10 @@ from attn_notes.segmentation.upernet import (
     UperNetConfig,
     UperNetOutput,
 )
-from attn_notes.segmentation.upernet_backbone import shifted_windows
 from attn_notes.segmentation.upernet_evidence import with_head
 from attn_notes.segmentation.upernet_formats import FORMATS, HEADS, neighbours_apart
 from attn_notes.training.recipes import make_optimizer
+from attn_notes.vision.swin_backbone import shifted_windows
 from attn_notes.vision.windows import make_windows
 from attn_notes.zoo.checkpoints import fit_state
 from attn_notes.zoo.factory import count_parameters, create_model
