@@ -56,7 +56,7 @@ BOOK_FORMAT = CheckpointFormat(
 )
 
 # %% ../../nbs/segmentation/00_setr_formats.ipynb #sef-official
-IGNORED = ("*.conv_seg.*", "*.num_batches_tracked", "backbone.head.*")
+IGNORED = ("*.conv_seg.*", "backbone.head.*")
 
 
 def up_names(keys: set[str]) -> list[tuple[str, str]]:
@@ -116,7 +116,7 @@ OFFICIAL_FORMAT = CheckpointFormat(
 )
 
 # %% ../../nbs/segmentation/00_setr_formats.ipynb #sef-vit
-VIT_FIELDS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+VIT_FIELDS = ("patch_size", "in_chans", "embed_dim", "num_heads", "mlp_ratio")
 
 
 def for_encoder(source: CheckpointFormat) -> CheckpointFormat:
