@@ -96,6 +96,13 @@ ANCESTORS = {
         "segmentation.upernet_formats",
         "vision.swin",
     ),
+    "segmentation.setr_formats": ("vision.vit", "vision.deit"),
+    "segmentation.setr_decoders": (),
+    "segmentation.setr": (
+        "segmentation.setr_decoders",
+        "segmentation.setr_formats",
+        "vision.vit",
+    ),
 }
 
 
