@@ -158,8 +158,9 @@ class SETR(nn.Module, PretrainedMixin):
         super().__init__()
         self.config = config
         self.encoder = SETREncoder(config.encoder)
-        self.decode_head, auxiliary = make_heads(config)
+        head, auxiliary = make_heads(config)
         self.auxiliary_heads = nn.ModuleList(auxiliary)
+        self.decode_head = head
 
     def no_weight_decay(self) -> set[str]:
         "Parameters that weight decay spares, beside norms and biases."
