@@ -114,6 +114,13 @@ ANCESTORS = {
         "vision.swin",
         "vision.swin_backbone",
     ),
+    "segmentation.setr_formats": ("vision.vit", "vision.deit"),
+    "segmentation.setr_decoders": (),
+    "segmentation.setr": (
+        "segmentation.setr_decoders",
+        "segmentation.setr_formats",
+        "vision.vit",
+    ),
 }
 
 
