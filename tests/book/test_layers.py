@@ -96,6 +96,17 @@ ANCESTORS = {
         "segmentation.upernet_formats",
         "vision.swin",
     ),
+    "segmentation.transfuse_streams": ("vision.deit",),
+    "segmentation.transfuse_formats": (
+        "segmentation.transfuse_streams",
+        "vision.deit",
+    ),
+    "segmentation.transfuse": (
+        "segmentation.transfuse_formats",
+        "segmentation.transfuse_streams",
+        "vision.deit",
+        "vision.vit",
+    ),
 }
 
 
