@@ -97,12 +97,14 @@ ANCESTORS = {
         "vision.swin",
     ),
     "segmentation.transfuse_streams": ("vision.deit",),
+    "segmentation.transfuse_parts": (),
     "segmentation.transfuse_formats": (
         "segmentation.transfuse_streams",
         "vision.deit",
     ),
     "segmentation.transfuse": (
         "segmentation.transfuse_formats",
+        "segmentation.transfuse_parts",
         "segmentation.transfuse_streams",
         "vision.deit",
         "vision.vit",

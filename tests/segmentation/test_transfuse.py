@@ -18,7 +18,6 @@ import attn_notes as an
 from attn_notes.foundations.attention import record_attention
 from attn_notes.segmentation.transfuse import (
     SIZES,
-    AttentionGate,
     BiFusion,
     TransFuse,
     TransFuseConfig,
@@ -31,6 +30,7 @@ from attn_notes.segmentation.transfuse_formats import (
     NAMES,
     join_streams,
 )
+from attn_notes.segmentation.transfuse_parts import AttentionGate
 from attn_notes.segmentation.transfuse_streams import MapPositions, resize_table
 from attn_notes.training.recipes import make_optimizer
 from attn_notes.zoo.checkpoints import fit_state
