@@ -84,7 +84,8 @@ KINDS = {
     "detection": TaskKind("attn_notes.data.detection", ("scenes", "coco")),
     "panoptic_segmentation": TaskKind("attn_notes.data.panoptic", ("scenes",)),
     "semantic_segmentation": TaskKind(
-        "attn_notes.data.semantic_segmentation", ("scenes", "ade20k")
+        "attn_notes.data.semantic_segmentation",
+        ("scenes", "slices", "ade20k", "synapse"),
     ),
     "video_classification": TaskKind(
         "attn_notes.data.video_classification", ("sliding", "kinetics")
