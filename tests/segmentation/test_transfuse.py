@@ -21,8 +21,6 @@ from attn_notes.segmentation.transfuse import (
     BiFusion,
     TransFuse,
     TransFuseConfig,
-    boundary_weights,
-    structure_loss,
 )
 from attn_notes.segmentation.transfuse_formats import (
     FORMATS,
@@ -30,7 +28,11 @@ from attn_notes.segmentation.transfuse_formats import (
     NAMES,
     join_streams,
 )
-from attn_notes.segmentation.transfuse_parts import AttentionGate
+from attn_notes.segmentation.transfuse_parts import (
+    AttentionGate,
+    boundary_weights,
+    structure_loss,
+)
 from attn_notes.segmentation.transfuse_streams import MapPositions, resize_table
 from attn_notes.training.recipes import make_optimizer
 from attn_notes.zoo.checkpoints import fit_state
@@ -316,6 +318,15 @@ def test_a_logit_above_zero_is_the_foreground():
     assert model.post_process(logits, [(7, 9), (64, 5)])[1].shape == (64, 5)
 
 
+def test_other_sides_are_padded():
+    model, x = small(), images(sides=(33, 41))
+    with torch.no_grad():
+        expected = model(F.pad(x, (0, 7, 0, 7)))[..., :33, :41]
+        assert torch.equal(model(x), expected)
+        with pytest.raises(an.InputError, match="multiples of 8"):
+            model.forward_streams(x)
+
+
 def test_company_changes_nothing():
     model, x = small(), images(rows=3)
     with torch.no_grad():
@@ -373,7 +384,6 @@ WRONG = {
     "a volume": torch.zeros(2, 3, 8, 8, 8),
     "whole numbers": torch.zeros(2, 3, 32, 48, dtype=torch.int16),
     "no image": torch.zeros(0, 3, 32, 48),
-    "sides": torch.zeros(2, 3, 33, 48),
     "a list": [torch.zeros(3, 32, 48)],
 }
 
