@@ -85,10 +85,12 @@ class PlainFusion(nn.Module):
 
 def variant(name: str) -> nn.Module:
     """The small network, one of its streams, wider or deeper so that parameters are
-    about as many, or both with the plainer fusion."""
+    about as many ("narrow": the CNN as it is), or both with the plainer fusion."""
     config = SIZES["transfuse_book"]
     if name == "cnn":
         return OneStream(replace(config, resnet_width=CNN_WIDTH), name)
+    if name == "narrow":
+        return OneStream(config, "cnn")
     if name == "transformer":
         return OneStream(replace(config, depth=DEPTH), name)
     model = TransFuse(config)
@@ -103,7 +105,7 @@ CNN_WIDTH, DEPTH = 16, 6
 
 # %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #te-experiment
 STEPS, HELD = 120, 200  # of the experiment; held-out scenes to be scored on
-MODELS = ("both", "plain", "cnn", "transformer")
+MODELS = ("both", "plain", "cnn", "transformer", "narrow")
 
 
 @cache
