@@ -96,6 +96,13 @@ ANCESTORS = {
         "segmentation.upernet_formats",
         "vision.swin",
     ),
+    "segmentation.transunet_resnet": (),
+    "segmentation.transunet_formats": ("vision.vit",),
+    "segmentation.transunet": (
+        "segmentation.transunet_formats",
+        "segmentation.transunet_resnet",
+        "vision.vit",
+    ),
     "segmentation.transfuse_streams": ("vision.deit",),
     "segmentation.transfuse_parts": (),
     "segmentation.transfuse_formats": (
