@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .box_scores import one_below_the_other
 from .boxes import BoxPreprocessing
+from .brain import TISSUES
 from .image_classification import PROCESSOR, StoredImages
 from .images import as_picture, check_picture_name, save_picture
 from .semantic_batches import SemanticTraining
@@ -26,9 +27,9 @@ from attn_notes.data.semantic_masks import (
     ANY_DIGIT,
     SCENE_CLASSES,
     folder_classes,
-    mask_data,
 )
 from .semantic_pictures import FoundClasses
+from .semantic_slices import DATA, MADE, ORGANS, mask_data, organ_classes
 from .tasks import TASK_FILE, read_task, register_task
 from .text_task import read_config
 from .translation_task import inference
@@ -128,7 +129,7 @@ def registered_preprocessing(info: ModelInfo) -> BoxPreprocessing:
     return BoxPreprocessing(side, LONGEST * side, *colours)
 
 # %% ../../nbs/data/44_semantic_segmentation.ipynb #ss-task
-@register_task("semantic_segmentation", data=("scenes", "ade20k"))
+@register_task("semantic_segmentation", data=DATA)
 class SemanticSegmentation(SemanticAnswers):
     """Tell the class of every pixel of an image."""
 
@@ -145,10 +146,11 @@ class SemanticSegmentation(SemanticAnswers):
         reduce_zero_label: bool = True,
         digits: bool = True,
     ) -> "SemanticSegmentation":
-        """Of the scenes, or of a folder in the form of "ade20k"; `limit` bounds the
-        training images, which `seed` draws.
+        """Of the scenes or the slices of the brain, or of a folder in the form of
+        "ade20k" or "synapse"; `limit` bounds the training images, which `seed` draws.
 
-        `preprocessing` is the model's; `image_size` the side of a scene (64), or of the
+        `preprocessing` is the model's; `image_size` the side of a scene or a
+        slice (64), or of the
         squares that are cut from the images of a folder, to which the shorter side of a
         held-out one is resized. `reduce_zero_label`: whether 0 in the masks of a folder
         means unlabelled; `digits`: whether the digits of scenes are told apart. Raises
@@ -158,13 +160,16 @@ class SemanticSegmentation(SemanticAnswers):
         given = given if preprocessing is None else preprocessing
         rest = seed, limit, image_size, reduce_zero_label, digits
         data = mask_data(name, data_dir, *rest)
-        if name == "scenes":
-            classes = SCENE_CLASSES if digits else ANY_DIGIT
+        if name in MADE:
+            scenes = SCENE_CLASSES if digits else ANY_DIGIT
+            classes = TISSUES if name == "slices" else scenes
             task = cls(classes, given.scaled(data["size"]), data, None, augment)
         else:
             if image_size is not None:
                 given = given.scaled(check_value("image_size", image_size, Size))
-            classes = ADE_CLASSES if data_dir is None else folder_classes(data_dir)
+            known = ADE_CLASSES if name == "ade20k" else ORGANS
+            read = folder_classes if name == "ade20k" else organ_classes
+            classes = known if data_dir is None else read(data_dir)
             task = cls(classes, given, data, None, augment)
         task.dataset("train")  # what is absent is said now
         return task
@@ -180,7 +185,7 @@ class SemanticSegmentation(SemanticAnswers):
             data = stored["data"]
             if data is not None:
                 own = {k: data[k] for k in OPTIONS if k in data}
-                data_dir = None if data["name"] == "scenes" else data_dir
+                data_dir = None if data["name"] in MADE else data_dir
                 rest = data_dir, data["seed"], data["limit"]
                 data = mask_data(data["name"], *rest, **own)
             return cls(stored["classes"], given, data, None, stored["augment"])

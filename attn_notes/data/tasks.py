@@ -87,7 +87,8 @@ KINDS = {
     ),
     "panoptic_segmentation": TaskKind("attn_notes.data.panoptic", ("scenes",)),
     "semantic_segmentation": TaskKind(
-        "attn_notes.data.semantic_segmentation", ("scenes", "ade20k")
+        "attn_notes.data.semantic_segmentation",
+        ("scenes", "slices", "ade20k", "synapse"),
     ),
     "video_classification": TaskKind(
         "attn_notes.data.video_classification", ("sliding", "kinetics")

@@ -121,6 +121,26 @@ ANCESTORS = {
         "segmentation.setr_formats",
         "vision.vit",
     ),
+    "segmentation.transunet_resnet": (),
+    "segmentation.transunet_formats": ("vision.vit",),
+    "segmentation.transunet": (
+        "segmentation.transunet_formats",
+        "segmentation.transunet_resnet",
+        "vision.vit",
+    ),
+    "segmentation.transfuse_streams": ("vision.deit",),
+    "segmentation.transfuse_parts": (),
+    "segmentation.transfuse_formats": (
+        "segmentation.transfuse_streams",
+        "vision.deit",
+    ),
+    "segmentation.transfuse": (
+        "segmentation.transfuse_formats",
+        "segmentation.transfuse_parts",
+        "segmentation.transfuse_streams",
+        "vision.deit",
+        "vision.vit",
+    ),
 }
 
 

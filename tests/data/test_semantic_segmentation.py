@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from attn_notes.data import semantic_masks, semantic_pictures
+from attn_notes.data import semantic_pictures, semantic_slices
 from attn_notes.data.boxes import BoxPreprocessing
 from attn_notes.data.scenes import scenes
 from attn_notes.data.semantic_batches import (
@@ -124,7 +124,7 @@ def test_it_is_a_task():
     task = create_task(KIND, "scenes", limit=40, seed=3)
     assert isinstance(task, Task) and task.kind == KIND
     assert kind_of_data("scenes", KIND) == KIND and kind_of_data("ade20k") == KIND
-    assert KINDS[KIND].data == semantic_masks.DATA
+    assert KINDS[KIND].data == semantic_slices.DATA
     task.setup(Recipe(batch_size=16, seed=1))
     batches = task.batches(0)
     assert [len(one) for one in batches] == [16, 16]  # the rest is left out
@@ -229,8 +229,8 @@ def test_folders_without_pairs(tmp_path):
         create_task(KIND, "ade20k", tmp_path)
     with pytest.raises(ConfigError, match="data_dir: expected None; got"):
         create_task(KIND, "scenes", tmp_path)
-    with pytest.raises(ConfigError, match="data: expected one of scenes, ade20k"):
-        semantic_masks.mask_data("coco")
+    with pytest.raises(ConfigError, match="data: expected one of scenes, slices, ade20k"):
+        semantic_slices.mask_data("coco")
 
 
 # ---- examples of one's own
