@@ -6,7 +6,7 @@
 __all__ = ['CNN_WIDTH', 'DEPTH', 'STEPS', 'HELD', 'MODELS', 'OneStream', 'PlainFusion', 'variant', 'scenes_task', 'overlap',
            'held_out', 'train_variant', 'train_book']
 
-# %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #te-imports
+# %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #tfe-imports
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,7 +32,7 @@ from ..training.experiments import experiment
 from ..training.loop import train
 from ..zoo.registry import model_info
 
-# %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #te-variants
+# %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #tfe-variants
 class OneStream(nn.Module):
     "A TransFuse of which one stream and what reads it is left."
 
@@ -103,7 +103,7 @@ def variant(name: str) -> nn.Module:
 
 CNN_WIDTH, DEPTH = 16, 6
 
-# %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #te-experiment
+# %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #tfe-experiment
 STEPS, HELD = 120, 200  # of the experiment; held-out scenes to be scored on
 MODELS = ("both", "plain", "cnn", "transformer", "narrow")
 
@@ -172,7 +172,7 @@ def train_variant(seed: int, model: str, steps: int = STEPS) -> dict:
     others = {f"{k}_{m}": v for k, s in scores.items() for m, v in s.items()}
     return {**overlap(logits[0], labels), **others, "seconds": seconds}
 
-# %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #te-book
+# %% ../../nbs/segmentation/05_transfuse_evidence.ipynb #tfe-book
 def train_book(output: str | Path) -> None:
     "Train `transfuse_book`, and write it into a folder."
     torch.manual_seed(0)

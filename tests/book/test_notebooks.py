@@ -47,6 +47,10 @@ def test_clean(path):
             assert cell.source.strip(), "an empty code cell"
             assert cell.execution_count is None, cell.source
             for output in cell.outputs:
+                shown = output.get("data", {})
+                assert not shown.get("text/plain", "").startswith("<Figure") or any(
+                    kind.startswith("image/") for kind in shown
+                ), f"{cell.id}: a figure without its picture: style() was not called"
                 assert output.output_type != "error", (
                     f"{cell.source}\n{output.get('evalue')}"
                 )
