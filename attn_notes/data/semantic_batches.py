@@ -287,7 +287,8 @@ class SemanticTraining(SemanticBatches):
         output = model(batch["images"])
         logits, heads = self.heads_of(output, len(labels))
         if self.prepare(model):
-            terms = getattr(model, "module", model).losses(output, labels)
+            bare: Any = getattr(model, "module", model)
+            terms = bare.losses(output, labels)
             if terms.keys() != self.own_losses.keys():
                 raise ConfigError(
                     f"model.losses: expected the terms of loss_weights, "

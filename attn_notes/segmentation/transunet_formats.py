@@ -86,4 +86,3 @@ def of_encoder(given: CheckpointFormat) -> CheckpointFormat:
 
 STARTS = (vit.BOOK_FORMAT, vit.TIMM_FORMAT, vit.FLAX_FORMAT)
 FORMATS = (BOOK_FORMAT, OFFICIAL_FORMAT, *map(of_encoder, STARTS))
-[one.name for one in FORMATS]

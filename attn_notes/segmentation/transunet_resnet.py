@@ -8,7 +8,6 @@ __all__ = ['EvenConv', 'group_norm', 'SkipBottleneck', 'SkipResNet']
 # %% ../../nbs/segmentation/00_transunet_resnet.ipynb #tur-imports
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn

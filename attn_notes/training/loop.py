@@ -67,8 +67,9 @@ class Run:
         self, model: nn.Module, task: TrainingTask, recipe: Recipe, folder=None
     ):
         task.setup(recipe)
-        if hasattr(task, "prepare"):
-            task.prepare(model)  # terms that the model itself brings
+        prepare: Any = getattr(task, "prepare", None)
+        if prepare is not None:
+            prepare(model)  # terms of the loss that the model itself brings
         self.recipe, self.accelerator = recipe, make_accelerator(recipe, folder)
         self.processes = Processes(
             self.accelerator.process_index, self.accelerator.num_processes

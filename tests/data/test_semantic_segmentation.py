@@ -229,7 +229,7 @@ def test_folders_without_pairs(tmp_path):
         create_task(KIND, "ade20k", tmp_path)
     with pytest.raises(ConfigError, match="data_dir: expected None; got"):
         create_task(KIND, "scenes", tmp_path)
-    with pytest.raises(ConfigError, match="data: expected one of scenes, slices, ade20k"):
+    with pytest.raises(ConfigError, match="data: expected one of scenes, slices"):
         semantic_slices.mask_data("coco")
 
 

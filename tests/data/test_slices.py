@@ -220,7 +220,7 @@ def test_a_loss_of_the_models_own():
     batch = task.collate([task.dataset("train")[int(i)] for i in task.batches(0)[0]])
     assert task.counts(batch) == {"near": 4, "far": 4}
     terms = task.loss(model, batch)
-    assert float(terms["near"][0]) / 4 == pytest.approx(row["near"])
+    assert terms["near"][0].item() / 4 == pytest.approx(row["near"])
     scores, table = task.evaluate(model), task.table(model)[0]
     assert scores["mean_dice"] == pytest.approx(float(class_dices(table)[1]))
     logits, _ = task.outputs(model.eval(), batch["images"])
