@@ -146,6 +146,8 @@ SETTINGS = [
         ("pup", "digits"),
         ("fcn", "digits"),
         ("naive", "digits"),
+        ("mla", "digits"),
+        ("pup", "random"),
     )
 ]
 

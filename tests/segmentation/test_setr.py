@@ -438,7 +438,7 @@ def test_a_vit_fills_the_encoder(source, decoder, tmp_path):
         path = tmp_path / "folder"
         vit.save_pretrained(path)
     layers = {"layers": (1, 2, 3, 4)}
-    with pytest.warns(an.CheckpointWarning, match="left as they were: decode_head"):
+    with pytest.warns(an.CheckpointWarning, match="left as they were: auxiliary_heads"):
         model = create_model(f"setr_{decoder}_base", path, **NARROW | layers)
     assert torch.equal(model.encoder.encoder.layers[3].norm2.bias, expected)
     assert all("head" in key for key in model.not_loaded)
