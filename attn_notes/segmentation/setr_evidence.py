@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..data.boxes import BoxPreprocessing
 from ..data.semantic_batches import class_ious, confusion, segmentation_scores
-from ..data.semantic_masks import ANY_DIGIT, mask_data
+from ..data.semantic_masks import ANY_DIGIT
 from ..data.semantic_segmentation import SemanticSegmentation
+from ..data.semantic_slices import mask_data
 from ..foundations.checks import CheckpointWarning
 from .setr import SETR, SIZES, SETRConfig, sizes_of
 from .setr_formats import FORMATS, HEADS
