@@ -23,7 +23,6 @@ from attn_notes.detection.detr import (
     BoxHead,
     DETRDecoder,
     SinePositions,
-    as_batch,
     smaller_mask,
 )
 from .detr_backbone import make_backbone
@@ -43,6 +42,7 @@ from attn_notes.foundations.checks import (
     check_divides,
     check_fields,
 )
+from ..foundations.masks import as_batch
 from ..foundations.values import Depth, NonNegative, Rate, Size
 from ..training.recipes import Recipe
 from ..zoo.hub import PretrainedMixin

@@ -27,7 +27,7 @@ from attn_notes.detection.deformable_attention import (
     place_grid,
 )
 from .deformable_detr_formats import FORMATS
-from .detr import BoxHead, SinePositions, as_batch, smaller_mask
+from .detr import BoxHead, SinePositions, smaller_mask
 from .detr_backbone import make_backbone
 from .focal_classes import best_pairs, focal_costs, focal_losses
 from attn_notes.detection.set_prediction import (
@@ -44,6 +44,7 @@ from attn_notes.foundations.checks import (
     check_divides,
     check_fields,
 )
+from ..foundations.masks import as_batch
 from ..foundations.values import Depth, NonNegative, Rate, Size
 from ..training.recipes import Recipe
 from ..zoo.hub import PretrainedMixin

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'PAPER', 'BOOK', 'SIZES', 'COUNTS', 'DETRConfig', 'SinePositions', 'placed', 'DETRBlock', 'DETREncoderBlock',
-           'DETRDecoderBlock', 'DETRDecoder', 'DETROutput', 'BoxHead', 'as_batch', 'smaller_mask', 'DETR']
+           'DETRDecoderBlock', 'DETRDecoder', 'DETROutput', 'BoxHead', 'smaller_mask', 'DETR']
 
 # %% ../../nbs/detection/01_detr.ipynb #detr-imports
 import math
@@ -35,14 +35,11 @@ from ..foundations.attention import MultiHeadAttention
 from ..foundations.blocks import EncoderBlock, Stack
 from attn_notes.foundations.checks import (
     ConfigError,
-    InputError,
     Output,
     check_divides,
     check_fields,
-    check_images,
-    check_mask_shape,
 )
-from ..foundations.masks import pad_images
+from ..foundations.masks import as_batch
 from ..foundations.values import Depth, NonNegative, Rate, Size
 from ..training.recipes import Recipe
 from ..zoo.hub import PretrainedMixin
@@ -244,28 +241,6 @@ class BoxHead(nn.Module):
         return self.logits(x).sigmoid()
 
 # %% ../../nbs/detection/01_detr.ipynb #detr-pad
-def as_batch(
-    images: Sequence[Tensor] | Tensor, mask: Tensor | None = None
-) -> tuple[Float[Tensor, "b 3 h w"], Bool[Tensor, "b h w"] | None]:
-    """Images of different sizes as one batch (b 3 h w), zero on the right and below,
-    and a mask (b h w) that is True on real pixels, None where there is no padding.
-    Raises `InputError` for what are no images, and a mask of another shape."""
-    if isinstance(images, Tensor):
-        check_images(images, 3)
-        if mask is not None:
-            check_mask_shape(mask, (images.shape[0], *images.shape[-2:]))
-        return images, mask
-    if mask is not None:
-        raise InputError("mask: expected None with a list of images; got a mask")
-    if not isinstance(images, list | tuple) or not images:
-        raise InputError("images: expected a tensor (b, 3, h, w) or a list of images")
-    for i, image in enumerate(images):
-        one = image[None] if isinstance(image, Tensor) else image
-        check_images(one, 3, f"images[{i}]")
-    batch, mask = pad_images(images)
-    return batch, None if len({image.shape for image in images}) == 1 else mask
-
-
 def smaller_mask(
     mask: Bool[Tensor, "b h w"], size: tuple[int, int]
 ) -> Bool[Tensor, "b p q"]:

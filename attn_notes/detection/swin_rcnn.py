@@ -23,7 +23,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from .swin_rcnn_formats import FORMATS, HEADS
 from attn_notes.detection.swin_rcnn_parts import (
     SwinRCNNConfig,
-    as_padded,
     as_torchvision,
     make_heads,
     make_rpn,
@@ -31,6 +30,7 @@ from attn_notes.detection.swin_rcnn_parts import (
     pool_given,
 )
 from ..foundations.checks import Output
+from ..foundations.masks import as_batch
 from ..training.recipes import Recipe
 from ..vision.swin_backbone import SwinBackbone
 from ..zoo.hub import PretrainedMixin
@@ -116,7 +116,7 @@ class SwinRCNN(RCNN, PretrainedMixin):
         evaluation mode {"boxes" (n 4), "labels" (n), "scores" (n)[, "masks" (n 1 h w)]}
         an image, the surest first. With `proposals` (b p 4), in either mode, an
         `RCNNOutput` of these boxes. Raises `InputError`."""
-        batch, mask = as_padded(images, mask, self.config.in_chans)
+        batch, mask = as_batch(images, mask, self.config.in_chans)
         (h, w), stride = batch.shape[-2:], self.config.strides[-1]
         batch = F.pad(batch, (0, -w % stride, 0, -h % stride))
         features, dtype = self.pyramid(batch), next(self.fpn.parameters()).dtype

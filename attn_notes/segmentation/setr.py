@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from attn_notes.foundations.checks import (
@@ -24,6 +24,7 @@ from attn_notes.foundations.checks import (
     check_fields,
 )
 from ..foundations.values import Depth, NonNegative, Positive, Rate, Size
+from .pixel_classes import PixelClasses
 from .setr_decoders import MLAHead, UpHead
 from .setr_formats import FORMATS, HEADS
 from ..training.recipes import Recipe
@@ -150,7 +151,7 @@ class SETROutput(Output):
     aux_logits: list[Float[Tensor, "b k h w"]] | None = None
 
 
-class SETR(nn.Module, PretrainedMixin):
+class SETR(nn.Module, PixelClasses, PretrainedMixin):
     """SETR: a ViT and a decoder that gives the logits of every pixel. Images of any
     sides that the patch divides."""
 
@@ -189,18 +190,6 @@ class SETR(nn.Module, PretrainedMixin):
         pairs = zip(self.auxiliary_heads, read, strict=False)
         auxiliary = [full(head(x)) for head, x in pairs]
         return SETROutput(full(logits), auxiliary or None)
-
-    def post_process(
-        self,
-        logits: Float[Tensor, "b k h w"],
-        sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[Int64[Tensor, "_ _"]]:
-        """The class of each pixel, a map for each image, at these heights and widths;
-        those of the logits where none are given."""
-        sizes = sizes or [(logits.shape[2], logits.shape[3])] * logits.shape[0]
-        full = lambda x, size: F.interpolate(x[None], tuple(size), mode="bilinear")
-        pairs = zip(logits, sizes, strict=True)
-        return [full(one, size)[0].argmax(0) for one, size in pairs]
 
     @staticmethod
     def example_inputs(

@@ -7,7 +7,7 @@ __all__ = ['TINY', 'PAPER', 'LARGE', 'BOOK', 'SIZES', 'COUNTS', 'REPORTED', 'Tra
            'TransFuseOutput', 'make_head', 'to_classes', 'TransFuse']
 
 # %% ../../nbs/segmentation/05_transfuse.ipynb #tf-imports
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from attn_notes.foundations.checks import (
     check_images,
 )
 from ..foundations.values import Depth, Positive, Rate, Size
+from .pixel_classes import PixelClasses
 from .transfuse_formats import FORMATS, HEADS
 from attn_notes.segmentation.transfuse_parts import (
     ConvNorm,
@@ -207,7 +208,7 @@ def to_classes(logits: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
     return F.pad(logits, (0, 0, 0, 0, 1, 0))
 
 
-class TransFuse(JoinedStreams, PretrainedMixin):
+class TransFuse(JoinedStreams, PixelClasses, PretrainedMixin):
     """A CNN and a Transformer that read the same images side by side, joined at three
     resolutions. Images of any size, padded with zeros to whole patches; logits of every
     pixel, those of the background 0."""
@@ -217,6 +218,8 @@ class TransFuse(JoinedStreams, PretrainedMixin):
         "transformer": 0.3,
         "fusion": 0.2,
     }
+
+    align_corners = True
 
     def __init__(self, config: TransFuseConfig) -> None:
         super().__init__(config)
@@ -265,17 +268,6 @@ class TransFuse(JoinedStreams, PretrainedMixin):
             name: structure_loss(one[:, 1:].to(wide), masks, weights).mean(1).sum()
             for name, one in zip(self.loss_weights, logits, strict=True)
         }
-
-    def post_process(
-        self,
-        logits: Float[Tensor, "b k h w"],
-        sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[Int64[Tensor, "_ _"]]:
-        """The class of each pixel, a map for each image, at these heights and widths;
-        those of the logits where none are given."""
-        sizes = sizes or [(logits.shape[2], logits.shape[3])] * logits.shape[0]
-        pairs = zip(logits, sizes, strict=True)
-        return [resize(one[None], size)[0].argmax(0) for one, size in pairs]
 
     @staticmethod
     def example_inputs(

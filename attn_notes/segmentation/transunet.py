@@ -20,6 +20,7 @@ from ..foundations.blocks import Stack
 from ..foundations.checks import ConfigError, InputError, check_fields
 from ..foundations.initialization import init_xavier_
 from ..foundations.values import Amount, Depth, Positive, Rate, Size
+from .pixel_classes import PixelClasses
 from .transunet_formats import FORMATS, HEADS
 from .transunet_resnet import SkipResNet
 from ..training.recipes import Recipe
@@ -169,11 +170,12 @@ def dice_and_cross_entropy(
     return 1 - dice.mean(), cross_entropy
 
 # %% ../../nbs/segmentation/04_transunet.ipynb #tu-model
-class TransUNet(nn.Module, PretrainedMixin):
+class TransUNet(nn.Module, PixelClasses, PretrainedMixin):
     """TransUNet (section 3): a ResNet, a Transformer over the positions of its last
     map, and a decoder that reads both. Images of any size that the patch divides;
     logits of every pixel."""
 
+    align_corners = True
     loss_weights = {"cross_entropy": 0.5, "dice": 0.5}
 
     def __init__(self, config: TransUNetConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from attn_notes.foundations.checks import (
@@ -23,6 +23,7 @@ from attn_notes.foundations.checks import (
     check_fields,
 )
 from ..foundations.values import Depth, NonNegative, Positive, Rate, Size
+from .pixel_classes import PixelClasses
 from .upernet_formats import FORMATS, HEADS
 from ..training.recipes import Recipe
 from ..vision.swin import SwinConfig, check_sides
@@ -185,7 +186,7 @@ class UperNetOutput(Output):
     aux_logits: Float[Tensor, "b k h w"] | None = None
 
 
-class UperNet(nn.Module, PretrainedMixin):
+class UperNet(nn.Module, PixelClasses, PretrainedMixin):
     """UperNet for semantic segmentation on the pyramid of a Swin Transformer. Images of
     any size, padded as Swin does; logits of every pixel."""
 
@@ -219,17 +220,6 @@ class UperNet(nn.Module, PretrainedMixin):
         if self.auxiliary_head is None:
             return UperNetOutput(logits)
         return UperNetOutput(logits, resize(self.auxiliary_head(maps), sizes))
-
-    def post_process(
-        self,
-        logits: Float[Tensor, "b k h w"],
-        sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[Int64[Tensor, "_ _"]]:
-        """The class of each pixel, a map for each image, at these heights and widths;
-        those of the logits where none are given."""
-        sizes = sizes or [(logits.shape[2], logits.shape[3])] * logits.shape[0]
-        pairs = zip(logits, sizes, strict=True)
-        return [resize(one[None], size)[0].argmax(0) for one, size in pairs]
 
     @staticmethod
     def example_inputs(

@@ -109,7 +109,9 @@ ANCESTORS = {
     "efficient.pruning": (),
     "efficient.distillation": (),
     "segmentation.upernet_formats": ("vision.swin_formats",),
+    "segmentation.pixel_classes": (),
     "segmentation.upernet": (
+        "segmentation.pixel_classes",
         "segmentation.upernet_formats",
         "vision.swin",
         "vision.swin_backbone",
@@ -117,6 +119,7 @@ ANCESTORS = {
     "segmentation.setr_formats": ("vision.vit", "vision.deit"),
     "segmentation.setr_decoders": (),
     "segmentation.setr": (
+        "segmentation.pixel_classes",
         "segmentation.setr_decoders",
         "segmentation.setr_formats",
         "vision.vit",
@@ -124,6 +127,7 @@ ANCESTORS = {
     "segmentation.transunet_resnet": (),
     "segmentation.transunet_formats": ("vision.vit",),
     "segmentation.transunet": (
+        "segmentation.pixel_classes",
         "segmentation.transunet_formats",
         "segmentation.transunet_resnet",
         "vision.vit",
@@ -135,6 +139,7 @@ ANCESTORS = {
         "vision.deit",
     ),
     "segmentation.transfuse": (
+        "segmentation.pixel_classes",
         "segmentation.transfuse_formats",
         "segmentation.transfuse_parts",
         "segmentation.transfuse_streams",

@@ -26,10 +26,10 @@ from attn_notes.detection.deformable_detr import (
     DeformableDETRConfig,
 )
 from attn_notes.detection.deformable_detr_formats import HF_FORMAT, OFFICIAL_FORMAT
-from attn_notes.detection.detr import as_batch
 from attn_notes.detection.focal_classes import best_pairs, focal_costs, focal_losses
 from attn_notes.detection.set_prediction import Matches, Objects
 from attn_notes.foundations.attention import record_attention
+from attn_notes.foundations.masks import as_batch
 from attn_notes.training.recipes import make_optimizer
 from attn_notes.zoo.devices import STAND_IN, fake_device, to_stand_in
 from attn_notes.zoo.factory import count_parameters, create_model

@@ -21,7 +21,6 @@ from attn_notes.detection.detr import (
     SIZES,
     DETRConfig,
     SinePositions,
-    as_batch,
 )
 from attn_notes.detection.detr_backbone import (
     FrozenBatchNorm,
@@ -31,6 +30,7 @@ from attn_notes.detection.detr_backbone import (
 from attn_notes.detection.detr_formats import HF_FORMAT, OFFICIAL_FORMAT
 from attn_notes.detection.set_prediction import gather_objects, match, set_losses
 from attn_notes.foundations.attention import record_attention
+from attn_notes.foundations.masks import as_batch
 from attn_notes.training.recipes import make_optimizer
 from attn_notes.zoo.devices import STAND_IN, fake_device, to_stand_in
 from attn_notes.zoo.factory import count_parameters, create_model

@@ -395,3 +395,12 @@ def test_bad_images():
             model(x)
     with pytest.raises(an.InputError, match="two patches"):
         model(torch.zeros(2, 3, 16, 16))
+
+
+def test_the_class_of_every_pixel_at_another_size():
+    model = create_model("transunet_book")
+    logits = torch.randn(2, 4, 16, 16)
+    full = F.interpolate(logits, (7, 30), mode="bilinear", align_corners=True)
+    first, second = model.post_process(logits, [(7, 30), (16, 16)])
+    assert torch.equal(first, full[0].argmax(0))
+    assert torch.equal(second, logits[1].argmax(0))
