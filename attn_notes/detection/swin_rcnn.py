@@ -263,7 +263,12 @@ register_models(
     classifier=HEADS,
     formats=FORMATS,
     recipes={"tiny": TINY, "paper": PAPER},
-    keeps=("anchors", "proposals", "suppression of duplicates", "feature pyramid"),
+    keeps=(
+        "feature pyramid",
+        "anchors and proposals",
+        "suppression of duplicates",
+        "convolutions in the heads",
+    ),
     replaces=("the backbone ResNet by Swin",),
     adds=("a norm for each map of the pyramid",),
     license="MIT",

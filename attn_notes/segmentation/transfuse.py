@@ -351,7 +351,7 @@ register_models(
     classifier=HEADS,
     formats=FORMATS,
     recipes={"tiny": TINY, "paper": PAPER},
-    keeps=("the encoder of DeiT", "the stages of ResNet", "gated skip connections"),
+    keeps=("the encoder of DeiT", "convolutions of a ResNet", "gated skip connections"),
     replaces=("one encoder by two, side by side",),
     adds=("BiFusion of both at three resolutions", "a loss on three outputs"),
     **IMAGENET,
