@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_notes as an
 from attn_notes.zoo.factory import count_parameters
@@ -84,3 +85,28 @@ def test_a_class_that_gives_no_inputs_says_so(toy, monkeypatch):
 def test_buffers_that_no_memory_holds():
     with pytest.raises(an.ConfigError, match="sizes that the memory holds"):
         an.create_model("transformer_tiny", max_position_embeddings=10**9)
+
+
+class Draws(TorchDispatchMode):
+    """The operations that draw, and on which device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.seen.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_drawn_on_the_meta_device_and_a_model_is_drawn_once(toy):
+    with Draws() as draws:
+        an.create_model("toy", device="meta")
+    assert draws.seen == []
+    with Draws() as draws:
+        an.create_model("toy")
+    with Draws() as plain:
+        info = an.model_info("toy")
+        info.model(info.config)
+    assert draws.seen == plain.seen and {*plain.seen} == {"cpu"}
