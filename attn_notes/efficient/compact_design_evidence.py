@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEM_NAMES', 'SPACE', 'COMPACT', 'PROXY', 'FULL', 'CHOSEN', 'NAMES', 'FRESH', 'SHAPES', 'TIMES', 'stem_twins',
-           'sizes', 'candidates', 'search_digits', 'design', 'stemmed', 'try_design', 'named', 'compare_designs',
-           'compare_sizes', 'try_again', 'time_design', 'stem_pair']
+           'sizes', 'candidates', 'search_digits', 'design', 'stemmed', 'try_design', 'named', 'try_again',
+           'compare_designs', 'compare_sizes', 'time_design', 'stem_pair']
 
 # %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-imports
 import time
@@ -154,6 +154,18 @@ def named(name: str, seed: int) -> ViT:
     "One of the designs by its name, with the weights of the seed."
     return stemmed(seed) if name == "stem" else design(seed, **CHOSEN[name])
 
+# %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-again
+@experiment(
+    "compact_design",
+    "again",
+    [{"name": name} for name in CHOSEN],
+    seeds=range(10, 13),
+)
+def try_again(seed: int, name: str) -> dict:
+    "The short training of the search, with seeds that the search has not seen."
+    net = named(name, seed)
+    return {"accuracy": fit(net, search_digits(), seed, **PROXY)}
+
 # %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-designs
 @experiment(
     "compact_design",
@@ -182,18 +194,6 @@ FRESH = [
 def compare_sizes(seed: int, **sizes: Any) -> dict:
     "Train on all 4,000 digits as in `designs`; accuracy on the 1,000 held out."
     return {"accuracy": fit(design(seed, **sizes), digits(None, seed), seed, **FULL)}
-
-# %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-again
-@experiment(
-    "compact_design",
-    "again",
-    [{"name": name} for name in CHOSEN],
-    seeds=range(10, 13),
-)
-def try_again(seed: int, name: str) -> dict:
-    "The short training of the search, with seeds that the search has not seen."
-    net = named(name, seed)
-    return {"accuracy": fit(net, search_digits(), seed, **PROXY)}
 
 # %% ../../nbs/efficient/05_compact_design_evidence.ipynb #ce-times
 SHAPES = [
