@@ -67,7 +67,7 @@ SETTING = {"steps": STEPS, "points": 10, "patterns": 3, "attention": "row_column
     "anchor_detr",
     "attention",
     [SETTING | {"attention": "full"}],
-    seeds=range(2),
+    seeds=range(3),
     timings=("seconds",),
 )
 def train_short(
