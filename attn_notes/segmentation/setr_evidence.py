@@ -149,6 +149,7 @@ SETTINGS = [
         ("naive", "digits"),
         ("mla", "digits"),
         ("pup", "random"),
+        ("fcn", "random"),
     )
 ]
 
