@@ -313,9 +313,9 @@ register_models(
     classifier=HEADS,
     formats=FORMATS,
     recipes={"tiny": TINY, "paper": PAPER},
-    keeps=("feature pyramid", "convolutions in the head"),
+    keeps=("feature pyramid", "pyramid pooling", "convolutions in the head"),
     replaces=("the backbone ResNet by Swin, as Swin's authors do",),
-    adds=("pyramid pooling", "top-down path", "auxiliary head"),
+    adds=("pooling and pyramid in one head", "auxiliary head"),
     license="MIT",
     **IMAGENET,
 )

@@ -369,6 +369,6 @@ register_models(
         "linear projections by convolutional ones",
         "one resolution by stages",
     ),
-    adds=("images of any size without positions",),
+    adds=("keys and values subsampled", "no positions, for images of any size"),
     license="MIT",
 )
