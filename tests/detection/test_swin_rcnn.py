@@ -263,14 +263,15 @@ def test_true_masks_cut_and_pasted_are_true(cells, least):
 
 def test_pasting_is_interpolation_inside_the_box():
     """A mask that rises evenly from left to right does so in the image."""
-    cells = (torch.arange(10.0) + 0.5) / 10
-    mask = cells.expand(1, 1, 10, 10).double()
+    cells = (torch.arange(10).double() + 0.5) / 10
+    mask = cells.expand(1, 1, 10, 10)
     boxes = torch.tensor([[3.0, 5.0, 23.0, 15.0]]).double()
     (pasted,) = paste_masks(mask, boxes, (20, 30))[0]
     rising = (torch.arange(3, 23).double() - 3) / 20
     wanted = rising.clamp(0.05, 0.95).expand(10, 20)
     assert (pasted[5:15, 3:23] - wanted).abs().max() < 1e-12
-    assert pasted.sum() == pasted[5:15, 3:23].sum()
+    pasted[5:15, 3:23] = 0
+    assert not pasted.any()
     none = paste_masks(mask[:0], boxes[:0], (20, 30))
     assert none.shape == (0, 1, 20, 30)
 
