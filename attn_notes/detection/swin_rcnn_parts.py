@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATIOS', 'SwinRCNNConfig', 'make_pool', 'RegionHead', 'BoxPredictor', 'make_rpn', 'make_heads', 'pool_given',
-           'mask_sizes', 'check_target', 'as_torchvision']
+           'cell_weights', 'paste_masks', 'mask_sizes', 'check_target', 'as_torchvision']
 
 # %% ../../nbs/detection/00_swin_rcnn_parts.ipynb #rcp-imports
 from collections.abc import Mapping, Sequence
@@ -196,6 +196,31 @@ def pool_given(
         for name, scale in zip(pool.featmap_names, scales, strict=True)
     ]
     return torch.stack([x * (levels == i) for i, x in enumerate(cut)]).sum(0)
+
+# %% ../../nbs/detection/00_swin_rcnn_parts.ipynb #rcp-paste
+def cell_weights(
+    low: Float[Tensor, "n"], high: Float[Tensor, "n"], pixels: int, cells: int
+) -> Float[Tensor, "n pixels cells"]:
+    """How much of each of a mask's cells goes into each of an image's pixels, along one
+    axis on which boxes reach from `low` to `high`; nothing outside of the box."""
+    low, high = low[:, None], high[:, None]
+    pixel = torch.arange(pixels, device=low.device, dtype=low.dtype)
+    cell = torch.arange(cells, device=low.device, dtype=low.dtype)
+    place = (pixel - low) / (high - low) * cells - 0.5
+    place = place.clamp(0, cells - 1)
+    inside = (pixel + 0.5 >= low) & (pixel + 0.5 <= high)
+    return (1 - (place[..., None] - cell).abs()).relu() * inside[..., None]
+
+
+def paste_masks(
+    masks: Float[Tensor, "n 1 m m"], boxes: Float[Tensor, "n 4"], size: tuple[int, int]
+) -> Float[Tensor, "n 1 h w"]:
+    """Masks of boxes as masks of an image of this height and width: the inverse of the
+    RoIAlign by which torchvision cuts the masks that the head learns."""
+    x0, y0, x1, y1 = boxes.to(masks.dtype).unbind(1)
+    down = cell_weights(y0, y1, size[0], masks.shape[-1])
+    across = cell_weights(x0, x1, size[1], masks.shape[-1])
+    return (down @ masks[:, 0] @ across.mT)[:, None]
 
 # %% ../../nbs/detection/00_swin_rcnn_parts.ipynb #rcp-edge
 def mask_sizes(mask: Bool[Tensor, "b h w"]) -> list[tuple[int, int]]:

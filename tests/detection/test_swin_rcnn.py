@@ -14,12 +14,21 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import (
+    paste_masks_in_image,
+    project_masks_on_boxes,
+)
 from torchvision.ops import MultiScaleRoIAlign
 
 import attn_notes as an
 from attn_notes.detection.swin_rcnn import SIZES, SwinRCNN
 from attn_notes.detection.swin_rcnn_formats import background_first
-from attn_notes.detection.swin_rcnn_parts import SwinRCNNConfig, make_pool, pool_given
+from attn_notes.detection.swin_rcnn_parts import (
+    SwinRCNNConfig,
+    make_pool,
+    paste_masks,
+    pool_given,
+)
 from attn_notes.training.recipes import make_optimizer
 from attn_notes.zoo.factory import count_parameters, create_model
 
@@ -146,18 +155,32 @@ def pair(request):
 # ---- equal to torchvision
 
 
+def masks_of_boxes(model):
+    """The masks that the heads give, before they are pasted, of each call."""
+    kept = []
+    model.roi_heads.register_forward_hook(
+        lambda _, given, answer: kept.extend(one.get("masks") for one in answer[0])
+    )
+    return kept
+
+
 def test_detections_equal_torchvision(pair):
-    """An image of the transform's size and one padded beside it."""
+    """An image of the transform's size and one padded beside it; masks as the head
+    gives them, in cells of their boxes."""
     model, reference = pair
     some = images(((50, 70), (50, 64)))
+    cells = masks_of_boxes(model), masks_of_boxes(reference)
     with torch.no_grad():
         expected, found = reference.eval()(some), model(some)
     assert sum(len(one["boxes"]) for one in found) > 4
-    for a, b in zip(found, expected, strict=True):
+    for a, b, own, other in zip(found, expected, *cells, strict=True):
         assert a.keys() == b.keys()
         assert torch.equal(a["labels"] + 1, b["labels"])  # 0 is theirs for background
-        for key in a.keys() - {"labels"}:
+        for key in ("boxes", "scores"):
             assert (a[key] - b[key]).abs().max() < 1e-10, key
+        if "masks" in a:
+            assert a["masks"].shape == b["masks"].shape
+            assert (own - other).abs().max() < 1e-10
 
 
 def test_losses_and_gradients_equal_torchvision(pair):
@@ -201,6 +224,73 @@ def test_torchvisions_resizing_gives_the_same_as_resizing_before():
         (found,) = model(resized)
     assert torch.equal(found["labels"] + 1, expected["labels"])
     assert (2 * found["boxes"] - expected["boxes"]).abs().max() < 1e-10
+
+
+# ---- masks and their pixels
+
+
+def strokes():
+    """Boxes and true masks of rings that are two pixels wide, of many sizes, some at
+    the edge of the image."""
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    boxes, masks = [], []
+    for i, side in enumerate((6, 9, 13, 18, 25, 40)):
+        for x0, y0 in ((0, 64 - side), (3 * i, 2 * i), (64 - side, 5)):
+            inside = (x >= x0) & (x < x0 + side) & (y >= y0) & (y < y0 + side)
+            middle = (x >= x0 + 2) & (x < x0 + side - 2)
+            middle &= (y >= y0 + 2) & (y < y0 + side - 2)
+            masks.append(inside & ~middle)
+            boxes.append([x0, y0, x0 + side, y0 + side])
+    return torch.tensor(boxes).float(), torch.stack(masks)
+
+
+@pytest.mark.parametrize("cells, least", [(14, 0.8), (28, 0.95)])
+def test_true_masks_cut_and_pasted_are_true(cells, least):
+    """What the head learns, pasted, is the mask; torchvision's pasting is not."""
+    boxes, masks = strokes()
+    numbers = torch.arange(len(masks))
+    cut = project_masks_on_boxes(masks, boxes, numbers, cells)[:, None]
+
+    def overlap(paste):
+        pasted = paste(cut, boxes, (64, 64))[:, 0] >= 0.5
+        return (pasted & masks).sum((1, 2)) / (pasted | masks).sum((1, 2))
+
+    small = boxes[:, 2] - boxes[:, 0] <= 25  # two pixels are a cell and more
+    assert overlap(paste_masks)[small].min() > least
+    gained = overlap(paste_masks) - overlap(paste_masks_in_image)
+    assert gained[small].mean() > 0.15
+
+
+def test_pasting_is_interpolation_inside_the_box():
+    """A mask that rises evenly from left to right does so in the image."""
+    cells = (torch.arange(10).double() + 0.5) / 10
+    mask = cells.expand(1, 1, 10, 10)
+    boxes = torch.tensor([[3.0, 5.0, 23.0, 15.0]]).double()
+    (pasted,) = paste_masks(mask, boxes, (20, 30))[0]
+    rising = (torch.arange(3, 23).double() - 3) / 20
+    wanted = rising.clamp(0.05, 0.95).expand(10, 20)
+    assert (pasted[5:15, 3:23] - wanted).abs().max() < 1e-12
+    pasted[5:15, 3:23] = 0
+    assert not pasted.any()
+    none = paste_masks(mask[:0], boxes[:0], (20, 30))
+    assert none.shape == (0, 1, 20, 30)
+
+
+def test_a_perfect_detector_scores_a_hundred():
+    from attn_notes.detection.swin_rcnn_evidence import scenes_task
+
+    task, numbers = scenes_task(), range(40)
+    found, rendered = [], []
+    for one in task.truth("valid", numbers):
+        n, boxes = len(one["labels"]), one["boxes"].float()
+        one = one | {"scores": torch.ones(n)}
+        cut = project_masks_on_boxes(one["masks"], boxes, torch.arange(n), 28)
+        pasted = paste_masks(cut[:, None], boxes, (64, 64))[:, 0] >= 0.5
+        found.append(one)
+        rendered.append(one | {"masks": pasted})
+    for answers, least in ((found, 1.0), (rendered, 0.99)):
+        said = task.scores("valid", [task.summary("valid", numbers, answers)])
+        assert said["AP"] == 1.0 and said["mask_AP"] >= least
 
 
 def test_the_maps_are_swins_and_the_sums_of_the_definition():
