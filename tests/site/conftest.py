@@ -16,6 +16,7 @@ FLAGS = (
     "--disable-background-networking --disable-component-update "
     "--disable-sync --disable-dev-shm-usage"
 ).split()
+DESK = {"width": 1280, "height": 900}
 
 
 @pytest.fixture(scope="session")
@@ -32,12 +33,13 @@ def address():
 @pytest.fixture(scope="session")
 def browser():
     chromium = (
-        shutil.which("chromium")
+        shutil.which("chromium-headless-shell")
+        or shutil.which("chromium")
         or shutil.which("chromium-browser")
         or shutil.which("google-chrome")
     )
     if not chromium:
-        reason = "no Chromium on this machine (Debian: apt-get install chromium)"
+        reason = "no Chromium here (Debian: apt-get install chromium-headless-shell)"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     from playwright.sync_api import sync_playwright
 
@@ -47,18 +49,27 @@ def browser():
         started.close()
 
 
+@pytest.fixture(scope="session")
+def by_day(browser):
+    """On a desk, by day: one for all pages that nothing is chosen on, which keeps the
+    site's scripts from page to page, as a reader's browser does."""
+    with browser.new_context(viewport=DESK, color_scheme="light") as context:
+        yield context
+
+
 @pytest.fixture
 def open_page(browser, address):
-    """Open a page of the site: open_page(name, width, theme). What goes wrong on it is
-    collected in page.problems."""
-    contexts = []
+    """Open a page of the site: open_page(name, width, theme), in a context of its own
+    or in the one that is given. What goes wrong on it is collected in page.problems."""
+    opened = []
 
-    def open_page(name, width=1280, theme="light", path=None):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=theme
-        )
-        contexts.append(context)
+    def open_page(name, width=1280, theme="light", context=None):
+        if context is None:
+            size = DESK | {"width": width}
+            context = browser.new_context(viewport=size, color_scheme=theme)
+            opened.append(context)
         page = context.new_page()
+        opened.append(page)
         page.problems = []
         page.on(
             "console",
@@ -91,5 +102,5 @@ def open_page(browser, address):
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for one in reversed(opened):
+        one.close()
