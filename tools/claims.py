@@ -26,6 +26,7 @@ BY_KIND = {
     "experiment": None,
 }
 COMPUTED = ("confirmed", "opposite at this scale", "not seen at this scale")
+VERDICTS = (*COMPUTED, "corrected", "answered")
 VERDICT_FUNCTIONS = ("verdict", "least_favourable")
 VERDICT_MODULE = "attn_notes.training.experiments"
 
@@ -231,56 +232,66 @@ def read_claims(
     return list(claims.values()), problems
 
 
-def tally(claims: list[Claim]) -> str:
-    """How many of the claims reached each verdict: 7 confirmed, 2 corrected."""
-    verdicts = [claim.verdict or "open" for claim in claims]
-    known = (*COMPUTED, "corrected", "answered", "open")
-    return ", ".join(f"{verdicts.count(one)} {one}" for one in known if one in verdicts)
+def main_parts(notebooks: list[Notebook]) -> list[tuple[str, list[Notebook]]]:
+    """The chapters that a newcomer is shown, by part: those of the papers, without
+    their evidence pages, what they share, and the workshop."""
+    by_name = {notebook.name: notebook for notebook in notebooks}
+    parts = [
+        (
+            part,
+            [
+                by_name[name]
+                for name in names
+                if not name.endswith("_evidence")
+                and "/00_" not in name  # parts that the chapters share
+            ],
+        )
+        for part, names in reading_order(list(by_name))
+        if not part.startswith(("Workshop", "Foundations"))
+    ]
+    return [(part, chapters) for part, chapters in parts if chapters]
 
 
 def main_chapters(notebooks: list[Notebook]) -> list[Notebook]:
-    """The chapters that a newcomer is shown: those of the papers, without their
-    evidence pages, what they share, and the workshop."""
-    by_name = {notebook.name: notebook for notebook in notebooks}
-    return [
-        by_name[name]
-        for part, names in reading_order(list(by_name))
-        for name in names
-        if not part.startswith(("Workshop", "Foundations"))
-        and not name.endswith("_evidence")
-        and "/00_" not in name  # parts that the chapters share
-    ]
+    """The same chapters in one list."""
+    return [chapter for _, chapters in main_parts(notebooks) for chapter in chapters]
 
 
 def chapter_list(root: Path = ROOT):
-    """The papers' chapters with a sentence each: Markdown that Jupyter shows. The site
-    puts a picture to each."""
+    """The papers' chapters by part, with a sentence each: Markdown that Jupyter shows.
+    The site puts a picture to each."""
     from IPython.display import Markdown
 
-    rows = [
-        f"- [{notebook.title}]({notebook.name}.ipynb): {notebook.summary}"
-        for notebook in main_chapters(read_book(root))
-    ]
-    return Markdown("\n".join(rows))
+    blocks = []
+    for part, chapters in main_parts(read_book(root)):
+        rows = [f"- [{c.title}]({c.name}.ipynb): {c.summary}" for c in chapters]
+        blocks.append(f"### {part}\n\n" + "\n".join(rows))
+    return Markdown("\n\n".join(blocks))
 
 
-def chapter_table(root: Path = ROOT):
-    """The chapters that test statements, with the verdicts reached in each, for the
-    home page: a Markdown table that Jupyter shows."""
+def verdict_table(root: Path = ROOT):
+    """How many statements each part tests and with what verdicts, for the home page: a
+    Markdown table that Jupyter shows."""
     from IPython.display import Markdown
 
-    notebooks = {notebook.name: notebook for notebook in read_book(root)}
-    claims, _ = read_claims(root, list(notebooks.values()))
-    rows = ["| chapter | statements tested | verdicts |", "|---|---|---|"]
-    for _, names in reading_order(list(notebooks)):
-        for name in names:
-            here = [claim for claim in claims if claim.due and claim.chapter == name]
-            if here:
-                link = f"[{notebooks[name].title}]({name}.ipynb)"
-                rows.append(f"| {link} | {len(here)} | {tally(here)} |")
+    notebooks = read_book(root)
+    claims, _ = read_claims(root, notebooks)
     due = [claim for claim in claims if claim.due]
-    rows.append(f"| **all** | **{len(due)}** | {tally(due)} |")
-    return Markdown("\n".join(rows))
+    parts = [
+        (part, [claim for claim in due if claim.chapter in names])
+        for part, names in reading_order([notebook.name for notebook in notebooks])
+    ]
+    heads = [one for one in VERDICTS if any(c.verdict == one for c in due)]
+    lines = [
+        ["part", "statements", *(one.removesuffix(" at this scale") for one in heads)],
+        ["---"] + ["---:"] * (len(heads) + 1),
+        *(
+            [part, len(here), *(sum(c.verdict == one for c in here) for one in heads)]
+            for part, here in [*parts, ("**all**", due)]
+            if here
+        ),
+    ]
+    return Markdown("\n".join(f"| {' | '.join(map(str, row))} |" for row in lines))
 
 
 def main() -> int:

@@ -48,6 +48,22 @@ def test_readme_is_fresh(fresh):
     ).read_text(encoding="utf-8"), "run make docs"
 
 
+def test_readme_shows_no_cell_that_hides_its_code():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    index = next(notebook for notebook in read_book() if notebook.name == "index")
+    hidden = [c for c in index.code() if c.directives.get("echo") == "false"]
+    assert hidden
+    for cell in hidden:
+        assert not [line for line in cell.source.split("\n") if line and line in text]
+
+
+def test_links_and_pictures_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+    assert any(target.endswith(".svg") for target in targets)
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
 def test_docs_name_no_folder_of_this_machine():
     for name, content in files(ROOT / "docs").items():
         if name.endswith((".html", ".js", ".css", ".md")):

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from book import ROOT, Notebook, offered_names, read_book, reading_order  # noqa: E402
-from claims import main_chapters, read_claims  # noqa: E402
+from claims import main_chapters, main_parts, read_claims  # noqa: E402
 from pictures import shorter  # noqa: E402
 from reference import (  # noqa: E402
     REFERENCE,
@@ -157,19 +157,23 @@ def thumbnail(picture: str) -> str:
 
 
 def gallery(notebooks: list[Notebook]) -> str:
-    """The chapters as cards with a picture each."""
-    pictures, cards = thumbnails(notebooks), []
-    for notebook in main_chapters(notebooks):
-        picture = (
-            f'<img src="{thumbnail(pictures[notebook.name])}" alt="" loading="lazy">'
-            if notebook.name in pictures
-            else ""
-        )
-        cards.append(
-            f'<a href="{notebook.name}.html">{picture}<b>{escape(notebook.title)}</b>'
-            f"<small>{escape(notebook.summary)}</small></a>"
-        )
-    return f'<div class="gallery">{"".join(cards)}</div>'
+    """The chapters as cards with a picture each, part by part."""
+    pictures, blocks = thumbnails(notebooks), []
+    for part, chapters in main_parts(notebooks):
+        cards = []
+        for notebook in chapters:
+            picture = (
+                f'<img src="{thumbnail(pictures[notebook.name])}" alt="" '
+                'loading="lazy">'
+                if notebook.name in pictures
+                else ""
+            )
+            cards.append(
+                f'<a href="{notebook.name}.html">{picture}<b>{escape(notebook.title)}'
+                f"</b><small>{escape(notebook.summary)}</small></a>"
+            )
+        blocks.append(f'### {part}\n\n<div class="gallery">{"".join(cards)}</div>')
+    return "\n\n".join(blocks)
 
 
 def toctrees(parts: list[tuple[str, list[str]]], extra: list[str]) -> str:
@@ -368,21 +372,20 @@ def readme(root: Path = ROOT) -> str:
     out."""
     import nbformat
     from nbconvert import MarkdownExporter
+    from traitlets.config import Config
 
     notebook = next(n for n in read_book(root) if n.name == "index")
     page = nbformat.reads(stage_notebook(notebook, {}), as_version=4)
     for cell in page.cells:
-        if "remove-input" in cell.metadata.get("tags", []):
-            cell.transient = {"remove_source": True}
         for output in cell.get("outputs", []):  # the picture stands in docs/ already
             picture = output.get("data", {}).pop("image/svg+xml", None)
             if picture:
                 output.data = {"text/markdown": f"![]({thumbnail(picture)})"}
-    text, _ = MarkdownExporter().from_notebook_node(page)
-    text = text.replace("](_images/", "](docs/_images/")
-    text = re.sub(
-        r"(\]\()(?!https?:|#)([^)\s]+\.(?:ipynb|md|png|svg|yaml))", r"\1nbs/\2", text
-    )
+    hidden = {"enabled": True, "remove_input_tags": {"remove-input"}}
+    exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=hidden))
+    text, _ = exporter.from_notebook_node(page)
+    links = r"(\]\()(?!https?:|#|_images/)([^)\s]+\.(?:ipynb|md|png|svg|yaml))"
+    text = re.sub(links, r"\1nbs/\2", text).replace("](_images/", "](docs/_images/")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
