@@ -6102,6 +6102,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'attn_notes/zoo/registry.py'),
                                          'attn_notes.zoo.registry.register_models': ( 'zoo/registry.html#register_models',
                                                                                       'attn_notes/zoo/registry.py'),
+                                         'attn_notes.zoo.registry.sources': ('zoo/registry.html#sources', 'attn_notes/zoo/registry.py'),
                                          'attn_notes.zoo.registry.weights_folder': ( 'zoo/registry.html#weights_folder',
                                                                                      'attn_notes/zoo/registry.py'),
                                          'attn_notes.zoo.registry.write_index': ( 'zoo/registry.html#write_index',

@@ -15,6 +15,7 @@ from attn_notes.zoo.registry import (
     override,
     read_index,
     register_models,
+    sources,
     weights_folder,
     write_index,
 )
@@ -58,6 +59,16 @@ def test_info_tells_what_was_registered(toy):
     ):
         assert said in repr(info)
     assert "MACs" not in repr(info) and "license" not in repr(info)
+
+
+def test_sources_name_each_once_and_parts_by_themselves():
+    assert sources(an.model_info("convs2s")) == "attn_notes"
+    assert sources(an.model_info("detr_resnet50")) == (
+        "attn_notes, facebookresearch, transformers"
+    )
+    assert sources(an.model_info("transunet")) == (
+        "attn_notes, TransUNet; a ViT of attn_notes, timm, Flax"
+    )
 
 
 def test_the_row_of_a_size_wins_over_what_is_common(toy):

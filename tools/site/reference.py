@@ -316,15 +316,18 @@ def claims_page(claims: list[Claim], notebooks: list[Notebook]) -> str:
 
 
 def models_page(notebooks: list[Notebook]) -> str:
-    """The registry as a table: every name, its size, the paper's own figures, the
-    checkpoints that it reads."""
-    from attn_notes.zoo.registry import list_models, model_info
+    """The registry as tables: every name below its chapter, its size, the paper's own
+    figures, whether its weights are shipped, and the checkpoints that it reads."""
+    from attn_notes.zoo.registry import list_models, model_info, sources, weights_folder
 
     lines = [
         "# Models",
         "",
         "Every name that `attn_notes.create_model` knows, with its exact number of "
-        "parameters beside the figures that the paper prints.",
+        "parameters beside the figures that the paper prints. Where weights are "
+        "shipped, `pretrained=True` loads them; every model also reads, from a file, a "
+        "folder or a hub id, what it has saved itself and what stands below its "
+        "chapter.",
         "",
     ]
     models = [model_info(name) for name in list_models()]
@@ -334,22 +337,31 @@ def models_page(notebooks: list[Notebook]) -> str:
             f"## {task.replace('_', ' ').capitalize()}",
             "",
             '<div class="pst-scrollable-table-container"><table class="table models">'
-            "<thead><tr><th>Name</th><th>Paper</th>"
-            '<th class="number">Parameters</th><th>Figures of the paper</th><th>'
-            "Reads</th><th>Chapter</th></tr></thead><tbody>",
+            '<thead><tr><th>Name</th><th class="number">Parameters</th><th>Weights</th>'
+            "<th>Figures of the paper</th></tr></thead>",
         ]
+        families: dict[tuple[str, str, str], list] = {}
         for m in (m for m in models if m.task == task):
-            figures = "<br>".join(
-                f"{escape(str(k).replace('_', ' '))}: "
-                f"{escape(f'{v:,}' if isinstance(v, int) else str(v))}"
-                for k, v in m.reported.items()
-            )
-            formats = ", ".join(["attn_notes", *(one.name for one in m.formats)])
-            chapter = f'<a href="{m.chapter}.html">{escape(titles[m.chapter])}</a>'
+            families.setdefault((m.chapter, m.paper, sources(m)), []).append(m)
+        for (chapter, paper, read), family in families.items():
+            others = read.removeprefix("attn_notes").lstrip(",; ")
             lines.append(
-                f"<tr><td><code>{m.name}</code></td><td>{escape(m.paper)}</td><td "
-                f'class="number">{m.parameters:,}</td>'
-                f"<td>{figures}</td><td>{escape(formats)}</td><td>{chapter}</td></tr>"
+                f'<tbody><tr><th colspan="4"><a href="{chapter}.html">'
+                f"{escape(titles[chapter])}</a> <small>{escape(paper)}"
+                f"{f'. Reads {escape(others)}' if others else ''}</small></th></tr>"
             )
-        lines += ["</tbody></table></div>", ""]
+            for m in family:
+                figures = ", ".join(
+                    f"{escape(str(k).replace('_', ' '))} "
+                    f"{escape(f'{v:,}' if isinstance(v, int) else str(v))}"
+                    for k, v in m.reported.items()
+                )
+                shipped = "shipped" if weights_folder(m.name).is_dir() else ""
+                lines.append(
+                    f"<tr><td><code>{m.name}</code></td>"
+                    f'<td class="number">{m.parameters:,}</td><td>{shipped}</td>'
+                    f"<td>{figures}</td></tr>"
+                )
+            lines.append("</tbody>")
+        lines += ["</table></div>", ""]
     return "\n".join(lines)
