@@ -96,3 +96,12 @@ def test_every_page_with_maths_brings_what_sets_it():
     pages = [p.read_text("utf-8") for p in (ROOT / "docs").rglob("*.html")]
     with_maths = [page for page in pages if 'class="math ' in page]
     assert with_maths and all("tex-svg.js" in page for page in with_maths)
+
+
+def test_every_label_of_an_equation_has_become_its_number():
+    shown = []
+    for path in sorted((ROOT / "docs").rglob("*.html")):
+        text = re.sub(r"<[^>]*>", "", path.read_text(encoding="utf-8"))
+        labels = re.findall(r"\(eq-[\w-]+\)|\{#[\w-]+\}|\{eq\}", text)
+        shown += [f"{path.relative_to(ROOT / 'docs')}: {label}" for label in labels]
+    assert shown == []
