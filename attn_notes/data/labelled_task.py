@@ -25,6 +25,7 @@ from attn_notes.data.text_task import (
     StoredTextTask,
     collate_texts,
     foreign_vocabulary,
+    names_in_order,
     on_device,
     read_config,
 )
@@ -290,8 +291,7 @@ def foreign_classes(folder: str | Path) -> list[str]:
     none."""
     stored: Any = read_config(folder).get("id2label")
     try:
-        names = {int(i): str(name) for i, name in stored.items()}
-        return check_classes([names[i] for i in range(len(names))])
+        return check_classes(names_in_order(stored))
     except (TypeError, ValueError, KeyError, AttributeError):
         raise CheckpointError(
             f"{folder}: expected config.json with the names of two or more classes in "

@@ -7,7 +7,7 @@ __all__ = ['WORDPIECE_FILES', 'BYTE_BPE_FILES', 'KINDS', 'TASK_FILE', 'TaskKind'
 # %% ../../nbs/data/05_tasks.ipynb #9cf7893a
 import importlib
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +175,11 @@ TASK_FILE = "task.json"
 
 
 def write_task(folder: str | Path, kind: str, stored: dict[str, Any]) -> None:
-    """Write task.json, whole or not at all: the kind, and what the task stores."""
+    """Write task.json, whole or not at all: the kind, and what the task stores, but for
+    the folder of its data: elsewhere it is another."""
+    if isinstance(data := stored.get("data"), Mapping):
+        data = {key: value for key, value in data.items() if key != "data_dir"}
+        stored = {**stored, "data": data}
     text = json.dumps({"kind": kind, **stored}, ensure_ascii=False, indent=1)
     with atomic_write(to_path(folder) / TASK_FILE) as file:
         file.write(text.encode())

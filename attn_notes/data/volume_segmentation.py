@@ -248,8 +248,7 @@ class VolumeSegmentation(VolumeAnswers):
 
     def save(self, folder: str | Path) -> None:
         """Write task.json: classes, preprocessing, size, name of the data."""
-        data = self.data and {k: v for k, v in self.data.items() if k != "data_dir"}
-        stored = {"data": data, "classes": self.classes, "size": self.sides}
+        stored = {"data": self.data, "classes": self.classes, "size": self.sides}
         stored["preprocessing"] = asdict(self.preprocessing)
         write_task(folder, self.kind, stored)
 
