@@ -17,13 +17,14 @@ import math
 import os
 import pkgutil
 import platform
+import signal
 import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -369,7 +370,8 @@ def run(
 ) -> list[dict]:
     """Run what is missing of an experiment, `workers` processes at a time, and store
     each row as it comes, in the order of settings and seeds. All rows. Their hash is
-    `digest`, by default that of the function when the run begins.
+    `digest`, by default that of the function when the run begins. An interrupt ends the
+    processes.
 
     Raises `InputError` for stored rows of another function, unless they are to be run
     `again`, and where a process of the run has imported another.
@@ -391,10 +393,9 @@ def run(
     done = {} if again else stored
     jobs = [json.loads(place) for place in wanted if place not in done]
     begun = time.perf_counter()
-    with _pool(workers) as pool:
-        configs, seeds = [job[0] for job in jobs], [job[1] for job in jobs]
-        given = [declared.function] * len(jobs), configs, seeds, [digest] * len(jobs)
-        for i, row in enumerate(pool.map(once, *given), start=1):
+    given = [(declared.function, *job, digest) for job in jobs]
+    with closing(_rows(once, given, workers)) as found:
+        for i, row in enumerate(found, start=1):
             stored[_place(row)] = done[_place(row)] = row
             rows = [stored[place] for place in wanted if place in stored]
             _write(chapter, experiment, rows)
@@ -404,22 +405,25 @@ def run(
     return [stored[place] for place in wanted]
 
 
-class _Here:
-    """The pool of one: this process."""
-
-    map = staticmethod(map)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
-def _pool(workers: int):
-    """So many processes, or this one."""
-    spawn = get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else _Here()
+def _rows(
+    once: Callable[..., dict], jobs: list[tuple], workers: int
+) -> Generator[dict, None, None]:
+    """The row of each job when it is done, from so many processes, or from this one,
+    job by job. An error, or an interrupt, ends the processes: none of them goes on."""
+    if workers <= 1:
+        yield from (once(*job) for job in jobs)
+        return
+    others, deaf = active_children(), (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, deaf)
+    try:
+        for done in as_completed([pool.submit(once, *job) for job in jobs]):
+            yield done.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(active_children()) - {*others}:
+            process.terminate()
+        raise
+    pool.shutdown()
 
 # %% ../../nbs/training/07_experiments.ipynb #15f2514e
 def load(chapter: str, experiment: str) -> list[dict]:
@@ -639,6 +643,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _interrupted(chapter: str, name: str, e: Experiment) -> str:
+    """What is said where a command is interrupted."""
+    stored = {_place(row) for row in _read(chapter, name)}
+    jobs = [_place(job) for job in e.jobs()]
+    return (
+        f"{chapter}/{name}: interrupted; {len(stored.intersection(jobs))} of "
+        f"{len(jobs)} runs are stored, and the same command goes on from there\n"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: run or rehash the experiments of the chapters named."""
     parser = _parser()
@@ -668,6 +682,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{chapter}/{name}: {count} rows rehashed")
         except InputError as error:
             refused.append(f"{error}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, _interrupted(chapter, name, e))
     if refused:
         parser.exit(1, "".join(refused))
 
