@@ -33,7 +33,7 @@ from ..foundations.checks import ConfigError, InputError, Output, check_value
 from ..foundations.masks import pad_images
 from ..training.losses import token_cross_entropy
 from ..training.recipes import Recipe
-from ..training.stream import ignore_interrupts
+from ..training.stream import ignore_interrupts, seeded
 
 # %% ../../nbs/data/44_semantic_batches.ipynb #sb-scores
 SKIPPED = -100  # of a batch: the pixels that do not count, 255 in a mask
@@ -226,6 +226,18 @@ class SemanticTraining(SemanticBatches):
             )
         return own
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raises `ConfigError` for a model of other classes: as its configuration says,
+        or, of a model that says nothing, its logits of the first image that was
+        read."""
+        super().check_model(model)
+        read = [rows for rows in self.rows.values() if len(rows)]
+        silent = getattr(getattr(model, "config", None), "num_classes", None) is None
+        if silent and read:
+            with seeded(self.seed), inference(model) as device:
+                batch = on_device(self.collate([read[0][0]]), device)
+                self.outputs(model, batch["images"])
+
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Labelled pixels of the batch, for both terms; images, for those of a model's
         own."""
@@ -254,9 +266,10 @@ class SemanticTraining(SemanticBatches):
                 logits = F.pad(logits, (0, 0, 0, 0, 1, 0))  # 0 for the first class
                 shape = tuple(logits.shape)
             if len(shape) != 4 or shape[:2] != wanted:
+                single = f" or ({images} 1 h w)" if wanted[1] == 2 else ""
                 raise ConfigError(
                     f"model: expected logits of {wanted[1]} classes for every pixel, "
-                    f"({wanted[0]} {wanted[1]} h w); got "
+                    f"({images} {wanted[1]} h w){single}; got "
                     f"{shape or type(logits).__name__}"
                 )
             found.append(logits)
