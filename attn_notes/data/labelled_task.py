@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .batching import RaggedArray, Row
 from .subwords import WordPiece
+from .tasks import check_config
 from attn_notes.data.text_task import (
     BATCH,
     MAX_TOKENS,
@@ -335,12 +336,7 @@ class ClassTask(LabelledTraining):
         """Raises `ConfigError` for a model of another vocabulary, or of other
         classes."""
         super().check_model(model)
-        known = getattr(getattr(model, "config", None), "num_classes", None)
-        if known not in (None, len(self.classes)):
-            raise ConfigError(
-                f"num_classes: expected {len(self.classes)}, as the task has; got "
-                f"{known} in the model's configuration"
-            )
+        check_config(model, {"num_classes": len(self.classes)})
 
     def stored(self) -> dict[str, Any]:
         return {**super().stored(), "classes": self.classes}

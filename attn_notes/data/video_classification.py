@@ -29,7 +29,7 @@ from attn_notes.data.images import (
     evaluation_transform,
     training_transform,
 )
-from .tasks import register_task
+from .tasks import check_config, register_task
 from .text_task import read_config
 from .translation_task import inference
 from attn_notes.data.videos import (
@@ -138,12 +138,7 @@ class ClipBatches(StoredImages):
     def check_model(self, model: nn.Module) -> None:
         """Raises `ConfigError` for a model of other classes, channels or length."""
         super().check_model(model)
-        frames = getattr(getattr(model, "config", None), "num_frames", self.num_frames)
-        if frames != self.num_frames:
-            raise ConfigError(
-                f"num_frames: expected {self.num_frames}, as the task has; got "
-                f"{frames} in the model's configuration"
-            )
+        check_config(model, {"num_frames": self.num_frames})
 
 # %% ../../nbs/data/42_video_classification.ipynb #vc-store
 class StoredClips(ClipBatches):
