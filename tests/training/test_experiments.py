@@ -31,6 +31,7 @@ from attn_notes.training.experiments import (
     replay,
     run,
     select,
+    shown,
     verdict,
 )
 from attn_notes.training.loop import train
@@ -532,6 +533,14 @@ def test_data_that_say_the_opposite_flip_the_verdict(pairs, margin):
 )
 def test_verdicts(low, high, margin, expected, said):
     assert verdict(low, high, margin, expected) == said
+
+
+def test_an_interval_in_words():
+    interval = paired_interval([1.0, 2.0, 3.0], [2.0, 2.0, 5.0])
+    assert interval == pytest.approx((-1.0, -3.4841, 1.4841), abs=1e-4)
+    assert (
+        shown(interval) == "-1.0 [-3.5, +1.5]" and shown((0, 0, 1), 0) == "+0 [+0, +1]"
+    )
 
 
 def test_least_favourable():
