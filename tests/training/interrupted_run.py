@@ -2,6 +2,7 @@
 processes. The first is done at once, the others take a minute; each says that it has
 begun."""
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ def linger(seed: int, folder: str) -> dict:
 if __name__ == "__main__":
     import interrupted_run  # as the processes of the run import it
 
+    # as from a terminal; what a shell starts in the background ignores interrupts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     experiments.artifacts_folder = lambda: Path(sys.argv[1])
     experiments.import_chapters = lambda chapters=(): None
     declare = experiments.experiment(

@@ -585,7 +585,7 @@ def test_one_seed_gives_the_same_run_with_any_number_of_threads(folder):
         torch.set_num_threads(before)
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=120):
     """Until it is so; fails where it takes longer."""
     end = time.monotonic() + seconds
     while not what():
