@@ -9,16 +9,20 @@ nbdev keeps clean:
 - a `;` at the end of a cell hides its value, as it does in Jupyter;
 - progress bars and warnings on stderr are no output;
 - a `#| timing` cell is run but its output, which holds times, is not compared;
-- pictures are never compared: the cells assert the data behind them.
+- pictures are never compared: the cells assert the data behind them;
+- kernels keep their history in memory, as nbclient's do: several that write it to
+  IPython's one file may find it locked, and say so on stdout, in some cell's output.
 """
 
 import os
 import re
+from functools import partial
 
 os.environ.update(
     OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONHASHSEED="0"
 )
 
+import nbval.kernel
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile
 
@@ -57,6 +61,10 @@ def execute_cell_input(self, source, allow_stdin=None):
 
 IPyNbFile.collect, IPyNbCell.compare_outputs = collect, compare_outputs
 RunningKernel.execute_cell_input = execute_cell_input
+nbval.kernel.start_new_kernel = partial(
+    nbval.kernel.start_new_kernel,
+    extra_arguments=["--HistoryManager.hist_file=:memory:"],
+)
 
 
 def pytest_configure(config):

@@ -9,7 +9,7 @@ __all__ = ['Share', 'Found', 'DetectionAnswers', 'coco_names', 'detector_classes
 # %% ../../nbs/data/32_detection.ipynb #de-imports
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,18 +22,18 @@ from .boxes import BoxPreprocessing, Objects, fit_picture
 from .coco import has_split
 from .detection_evaluation import DetectionEvaluation
 from .detection_rows import detection_data, read_detection_rows
-from .image_classification import PROCESSOR, StoredImages
 from .image_sets import SPLITS
-from .images import as_picture, check_picture_name, save_picture
+from .image_tasks import PROCESSOR, ImageTask, PictureFiles
+from .images import as_picture, save_picture
 from .scenes import DIGITS
-from .tasks import TASK_FILE, read_task, register_task, write_task
-from .text_task import read_config
+from .tasks import register_task
+from .text_task import names_in_order
 from .translation_task import inference
 from ..foundations.checks import CheckpointError, InputError, check_value
 from ..foundations.masks import pad_images
 from ..foundations.values import Range, Size
 from ..training.stream import to_device
-from ..zoo.registry import ModelInfo, override
+from ..zoo.registry import ModelInfo
 
 # %% ../../nbs/data/32_detection.ipynb #de-predict
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Found:
 Share = Annotated[float, Range(0, 1)]
 
 
-class DetectionAnswers(DetectionEvaluation):
+class DetectionAnswers(PictureFiles, DetectionEvaluation):
     """What a trained detector says of images."""
 
     def fitted(self, inputs: Sequence, start: int, several: bool) -> Any:
@@ -117,15 +117,9 @@ class DetectionAnswers(DetectionEvaluation):
         ]
         return Found(given, objects, self.classes)
 
-    expand = StoredImages.expand
-
     def line(self, given: str, answer: Found) -> str:
         """An answer as the command line prints it, in JSON."""
         return json.dumps({"image": given, "objects": answer.objects})
-
-    def check_output(self, path: Path, count: int) -> None:
-        """Raises `InputError` for a name that is none of an image's."""
-        check_picture_name(path)
 
     def write_answers(self, answers: Sequence, path: Path) -> None:
         """Write the images with what was found in them, one below the other."""
@@ -149,8 +143,7 @@ def detector_classes(stored: Mapping[str, Any], where: str) -> list[str]:
     with idle ones, 80 without."""
     try:
         if "id2label" in stored:
-            table = {int(i): str(name) for i, name in stored["id2label"].items()}
-            return [table[i] for i in range(len(table))]
+            return names_in_order(stored["id2label"])
         if stored["num_classes"] == 91:
             return coco_names()
         if stored["num_classes"] == 80:
@@ -184,7 +177,9 @@ def detector_preprocessing(stored: Mapping[str, Any]) -> BoxPreprocessing:
         ) from None
 
 
-def registered_preprocessing(info: ModelInfo) -> BoxPreprocessing:
+def registered_preprocessing(
+    info: ModelInfo, folder: Path | None = None
+) -> BoxPreprocessing:
     """As the registry says of a model: the shorter side of its input."""
     given = BoxPreprocessing()
     if info.input_size is not None:
@@ -193,59 +188,20 @@ def registered_preprocessing(info: ModelInfo) -> BoxPreprocessing:
     return replace(given, **colours)
 
 # %% ../../nbs/data/32_detection.ipynb #de-stored
-class StoredDetection(DetectionAnswers):
+class StoredDetection(ImageTask, DetectionAnswers):
     """A task that is written beside the weights of its model, and read again."""
 
-    def save(self, folder: str | Path) -> None:
-        """Write task.json: classes, preprocessing, name of the data."""
-        data = self.data and {k: v for k, v in self.data.items() if k != "data_dir"}
-        stored = {"data": data, "classes": self.classes, "augment": self.augment}
-        stored["preprocessing"] = asdict(self.preprocessing)
-        write_task(folder, self.kind, stored)
+    blank = BoxPreprocessing()
+    named = staticmethod(detector_classes)
+    processed = staticmethod(detector_preprocessing)
+    registered = staticmethod(registered_preprocessing)
 
-    @classmethod
-    def load(cls, folder: str | Path, data_dir: str | Path | None = None) -> Any:
-        """What `save` wrote; the data are read when they are needed. Raises
-        `CheckpointError` when the file is absent or of something else."""
-        with read_task(folder, cls.kind) as stored:
-            given = override(BoxPreprocessing(), stored["preprocessing"])
-            data = stored["data"]
-            if data is not None:
-                data_dir = data_dir if data["name"] == "coco" else None
-                own = data["seed"], data["limit"], data.get("size")
-                data = detection_data(data["name"], data_dir, *own)
-            return cls(stored["classes"], given, data, augment=stored["augment"])
-
-    @classmethod
-    def load_foreign(cls, folder: str | Path) -> Any:
-        """The task of a folder of transformers. Raises `CheckpointError`."""
-        classes = detector_classes(read_config(folder), str(folder))
-        return cls(classes, detector_preprocessing(read_config(folder, PROCESSOR)))
-
-    @classmethod
-    def of_model(cls, info: ModelInfo, folder: Path | None) -> Any:
-        """The task of weights that come as a single file, or in a folder of another
-        library. Raises `CheckpointError`."""
-        stored = {} if folder is None else read_config(folder)
-        count = {"num_classes": getattr(info.config, "num_classes", None)}
-        classes = detector_classes(count | stored, str(folder or info.name))
-        return cls(classes, cls.preprocessing_of(info, folder))
-
-    @classmethod
-    def preprocessing_of(cls, info: ModelInfo, folder: Path | None) -> BoxPreprocessing:
-        """That of the weights in a folder, or as the registry says of the model. Raises
-        `CheckpointError`."""
-        if folder is not None:
-            if (folder / TASK_FILE).is_file():
-                return cls.load(folder).preprocessing
-            if (folder / PROCESSOR).is_file():
-                return detector_preprocessing(read_config(folder, PROCESSOR))
-        return registered_preprocessing(info)
-
-    def __repr__(self) -> str:
-        name, side = (self.data or {}).get("name"), self.preprocessing.shortest
-        classes = f"{len(self.classes)} classes"
-        return f"{type(self).__name__}({name or 'own images'!r}, {classes}, {side})"
+    @staticmethod
+    def read_data(data: Mapping[str, Any], data_dir: str | Path | None) -> dict:
+        """What the data are read by, from what was stored."""
+        data_dir = data_dir if data["name"] == "coco" else None
+        own = data["seed"], data["limit"], data.get("size")
+        return detection_data(data["name"], data_dir, *own)
 
 # %% ../../nbs/data/32_detection.ipynb #de-task
 @register_task("detection", data=("scenes", "coco"))

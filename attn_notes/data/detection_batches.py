@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from attn_notes.data.boxes import (
     BoxAugmentation,
@@ -27,7 +27,9 @@ from attn_notes.data.detection_rows import (
     OwnRows,
     read_detection_rows,
 )
+from .image_batches import Held
 from .images import open_image
+from .tasks import check_config
 from ..foundations.checks import ConfigError, InputError, check_value
 from ..foundations.masks import pad_images
 from ..training.recipes import Recipe
@@ -89,12 +91,7 @@ class DetectedObjects:
     def check_model(self, model: nn.Module) -> None:
         """Raises `ConfigError` for a model of other classes, or one that is no
         detector."""
-        found = getattr(getattr(model, "config", None), "num_classes", None)
-        if found is not None and found != len(self.classes):
-            raise ConfigError(
-                f"num_classes: expected {len(self.classes)}, as the task has; got "
-                f"{found} in the model's configuration"
-            )
+        check_config(model, {"num_classes": len(self.classes)})
         lacks = [x for x in ("losses", "post_process") if not hasattr(model, x)]
         if lacks:
             raise ConfigError(
@@ -160,7 +157,7 @@ class DetectionBatches(DetectedObjects):
         starts = range(rank * size, len(rows), world_size * size)
         numbers = [range(start, min(start + size, len(rows))) for start in starts]
         loader = DataLoader(
-            _Held(self, rows),
+            Held(self, rows),
             batch_size=None,
             sampler=numbers,
             num_workers=self.num_workers if isinstance(rows, CocoRows) else 0,
@@ -173,13 +170,3 @@ class DetectionBatches(DetectedObjects):
 
 def _same(batch: Any) -> Any:
     return batch
-
-
-class _Held(Dataset):
-    """Collates the rows of a split with these numbers."""
-
-    def __init__(self, task: DetectionBatches, rows: Any):
-        self.task, self.rows = task, rows
-
-    def __getitem__(self, index: Sequence[int]) -> dict[str, Any]:
-        return self.task.collate([self.rows[i] for i in index])

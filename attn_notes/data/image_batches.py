@@ -36,6 +36,7 @@ from attn_notes.data.images import (
     random_shift,
     training_transform,
 )
+from .tasks import check_config
 from attn_notes.foundations.checks import (
     ConfigError,
     InputError,
@@ -145,15 +146,8 @@ class ClassifiedImages:
 
     def check_model(self, model: nn.Module) -> None:
         """Raises `ConfigError` for a model of other classes, or other channels."""
-        config = getattr(model, "config", None)
         wanted = {"num_classes": len(self.classes)}
-        wanted["in_chans"] = self.preprocessing.channels
-        for name, value in wanted.items():
-            if getattr(config, name, value) != value:
-                raise ConfigError(
-                    f"{name}: expected {value}, as the task has; got "
-                    f"{getattr(config, name)} in the model's configuration"
-                )
+        check_config(model, wanted | {"in_chans": self.preprocessing.channels})
 
 # %% ../../nbs/data/24_image_batches.ipynb #f885bb7c
 def read_rows(data: Mapping[str, Any], split: str) -> ImageRows:
@@ -259,8 +253,8 @@ class ImageBatches(ClassifiedImages):
 class Held(Dataset):
     """Collates the rows of a split with these numbers."""
 
-    def __init__(self, task: ImageBatches, rows: ImageRows):
+    def __init__(self, task: Any, rows: Any):
         self.task, self.rows = task, rows
 
-    def __getitem__(self, index: Sequence[int]) -> dict[str, Tensor]:
+    def __getitem__(self, index: Sequence[int]) -> Any:
         return self.task.collate([self.rows[i] for i in index])

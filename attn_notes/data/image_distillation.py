@@ -121,6 +121,7 @@ class TaughtImages(ImageClassification):
 
     teacher: Teacher | None = None
     distillation: Distillation = "none"
+    stored_kind = "image_classification"  # a trained student is one of these
 
     def counts(self, batch: Mapping[str, Tensor]) -> dict[str, int]:
         """Images of the batch, for both terms."""
@@ -145,11 +146,6 @@ class TaughtImages(ImageClassification):
         else:
             learned = hard_distillation(heads[-1], said)
         return {"class": (true, 1 - weight), "distillation": (learned, weight)}
-
-    def save(self, folder: str | Path) -> None:
-        """Write task.json, as a task of image classification."""
-        p, data = self.preprocessing, self.data
-        ImageClassification(self.classes, p, data, augment=self.augment).save(folder)
 
 
 @register_task("image_distillation", data=(*IMAGE_SETS, "imagenet"))

@@ -22,12 +22,9 @@ from attn_notes.data.colour_palette import (
     read_palette,
 )
 from .image_batches import Example, ImageBatches, data_of
-from attn_notes.data.image_classification import (
-    PROCESSOR,
-    StoredImages,
-    stored_classes,
-)
+from .image_classification import stored_classes
 from .image_sets import IMAGE_SETS, folder_classes
+from .image_tasks import PROCESSOR, ImageFiles
 from .images import Preprocessing, as_picture, evaluation_transform
 from .tasks import TASK_FILE, read_task, write_task
 from .text_task import read_config
@@ -44,13 +41,11 @@ UNNAMED = ("image", "image")  # where nobody asks for the classes
 FITTED = 2000  # images that a palette is found in, at most
 
 
-class ImageSequences(ImageBatches):
+class ImageSequences(ImageFiles, ImageBatches):
     """What the tasks below share: images of a named set, or `examples` as those of
     `ClassifiedImages`, as sequences of the colours of a palette.
 
     `side` and `colours` are those of the model where they are None."""
-
-    expand = StoredImages.expand
 
     def __init__(
         self,
@@ -203,8 +198,7 @@ class StoredSequences(SizedSequences):
 
     def save(self, folder: str | Path) -> None:
         """Write task.json: palette, size, classes, name of the data."""
-        data = self.data and {k: v for k, v in self.data.items() if k != "data_dir"}
-        stored = {"data": data, "classes": self.classes, "augment": self.augment}
+        stored = {"data": self.data, "classes": self.classes, "augment": self.augment}
         stored |= {"side": self.side}
         stored["palette"] = [
             [round(x, 5) for x in colour] for colour in self.palette.colours.tolist()

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from .batching import RaggedArray, Row
 from .subwords import WordPiece
+from .tasks import check_config
 from attn_notes.data.text_task import (
     BATCH,
     MAX_TOKENS,
     StoredTextTask,
     collate_texts,
     foreign_vocabulary,
+    names_in_order,
     on_device,
     read_config,
 )
@@ -290,8 +292,7 @@ def foreign_classes(folder: str | Path) -> list[str]:
     none."""
     stored: Any = read_config(folder).get("id2label")
     try:
-        names = {int(i): str(name) for i, name in stored.items()}
-        return check_classes([names[i] for i in range(len(names))])
+        return check_classes(names_in_order(stored))
     except (TypeError, ValueError, KeyError, AttributeError):
         raise CheckpointError(
             f"{folder}: expected config.json with the names of two or more classes in "
@@ -335,12 +336,7 @@ class ClassTask(LabelledTraining):
         """Raises `ConfigError` for a model of another vocabulary, or of other
         classes."""
         super().check_model(model)
-        known = getattr(getattr(model, "config", None), "num_classes", None)
-        if known not in (None, len(self.classes)):
-            raise ConfigError(
-                f"num_classes: expected {len(self.classes)}, as the task has; got "
-                f"{known} in the model's configuration"
-            )
+        check_config(model, {"num_classes": len(self.classes)})
 
     def stored(self) -> dict[str, Any]:
         return {**super().stored(), "classes": self.classes}

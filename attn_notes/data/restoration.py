@@ -287,8 +287,7 @@ class Restoration(RestorationTraining):
 
     def save(self, folder: str | Path) -> None:
         """Write task.json: tasks, size, name of the data."""
-        data = self.data and {k: v for k, v in self.data.items() if k != "data_dir"}
-        stored = {"data": data, "tasks": self.tasks, "size": self.size}
+        stored = {"data": self.data, "tasks": self.tasks, "size": self.size}
         write_task(folder, self.kind, stored)
 
     @classmethod

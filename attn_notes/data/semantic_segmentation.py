@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .box_scores import one_below_the_other
 from .boxes import BoxPreprocessing
 from .brain import TISSUES
-from .image_classification import PROCESSOR, StoredImages
-from .images import as_picture, check_picture_name, save_picture
+from .image_tasks import PROCESSOR, ImageTask, PictureFiles
+from .images import as_picture, save_picture
 from .semantic_batches import SemanticTraining
 from attn_notes.data.semantic_masks import (
     ADE_CLASSES,
@@ -30,15 +30,15 @@ from attn_notes.data.semantic_masks import (
 )
 from .semantic_pictures import FoundClasses
 from .semantic_slices import DATA, MADE, ORGANS, mask_data, organ_classes
-from .tasks import TASK_FILE, read_task, register_task
-from .text_task import read_config
+from .tasks import register_task
+from .text_task import names_in_order
 from .translation_task import inference
 from ..foundations.checks import CheckpointError, InputError, check_value
 from ..foundations.values import Size
-from ..zoo.registry import IMAGENET, ModelInfo, override
+from ..zoo.registry import IMAGENET, ModelInfo
 
 # %% ../../nbs/data/44_semantic_segmentation.ipynb #ss-answers
-class SemanticAnswers(SemanticTraining):
+class SemanticAnswers(PictureFiles, SemanticTraining):
     """What a trained model says of images."""
 
     at_once = 1  # inputs of the command line that are read before any is answered
@@ -61,15 +61,9 @@ class SemanticAnswers(SemanticTraining):
                 found.append(FoundClasses(given, mask[0].cpu(), self.classes))
         return found
 
-    expand = StoredImages.expand
-
     def line(self, given: str, answer: FoundClasses) -> str:
         """An answer as the command line prints it, in JSON."""
         return json.dumps({"image": given, "classes": answer.shares()})
-
-    def check_output(self, path: Path, count: int) -> None:
-        """Raises `InputError` for a name that is none of an image's."""
-        check_picture_name(path)
 
     def write_answers(self, answers: Sequence, path: Path) -> None:
         """Write the images with coloured masks, one below the other."""
@@ -88,8 +82,8 @@ def class_names(stored: Mapping[str, Any], where: str) -> list[str]:
     names, count = [], stored.get("num_classes")
     try:
         if "id2label" in stored:
-            table = {int(i): str(name) for i, name in stored["id2label"].items()}
-            names, count = [table[i] for i in range(len(table))], len(table)
+            names = names_in_order(stored["id2label"])
+            count = len(names)
         if count == len(ADE_CLASSES) and (not names or names[0] == "LABEL_0"):
             return [*ADE_CLASSES]
         if not names:
@@ -122,7 +116,9 @@ def processor_preprocessing(stored: Mapping[str, Any]) -> BoxPreprocessing:
         ) from None
 
 
-def registered_preprocessing(info: ModelInfo) -> BoxPreprocessing:
+def registered_preprocessing(
+    info: ModelInfo, folder: Path | None = None
+) -> BoxPreprocessing:
     """As the registry says of a model: the shorter side of its input."""
     side = 512 if info.input_size is None else min(info.input_size[1:])
     colours = [getattr(info, k) or IMAGENET[k] for k in ("mean", "std")]
@@ -130,8 +126,20 @@ def registered_preprocessing(info: ModelInfo) -> BoxPreprocessing:
 
 # %% ../../nbs/data/44_semantic_segmentation.ipynb #ss-task
 @register_task("semantic_segmentation", data=DATA)
-class SemanticSegmentation(SemanticAnswers):
+class SemanticSegmentation(ImageTask, SemanticAnswers):
     """Tell the class of every pixel of an image."""
+
+    blank = BoxPreprocessing()
+    named = staticmethod(class_names)
+    processed = staticmethod(processor_preprocessing)
+    registered = staticmethod(registered_preprocessing)
+
+    @staticmethod
+    def read_data(data: Mapping[str, Any], data_dir: str | Path | None) -> dict:
+        """What the data are read by, from what was stored."""
+        own = {k: data[k] for k in OPTIONS if k in data}
+        data_dir = None if data["name"] in MADE else data_dir
+        return mask_data(data["name"], data_dir, data["seed"], data["limit"], **own)
 
     @classmethod
     def create(
@@ -173,44 +181,3 @@ class SemanticSegmentation(SemanticAnswers):
             task = cls(classes, given, data, None, augment)
         task.dataset("train")  # what is absent is said now
         return task
-
-    save = StoredImages.save
-
-    @classmethod
-    def load(cls, folder: str | Path, data_dir: str | Path | None = None) -> Any:
-        """What `save` wrote; the data are read when they are needed. Raises
-        `CheckpointError` when the file is absent or of something else."""
-        with read_task(folder, cls.kind) as stored:
-            given = override(BoxPreprocessing(), stored["preprocessing"])
-            data = stored["data"]
-            if data is not None:
-                own = {k: data[k] for k in OPTIONS if k in data}
-                data_dir = None if data["name"] in MADE else data_dir
-                rest = data_dir, data["seed"], data["limit"]
-                data = mask_data(data["name"], *rest, **own)
-            return cls(stored["classes"], given, data, None, stored["augment"])
-
-    @classmethod
-    def of_model(cls, info: ModelInfo, folder: Path | None) -> Any:
-        """The task of weights that come as a single file, or in a folder of another
-        library. Raises `CheckpointError`."""
-        stored = {} if folder is None else read_config(folder)
-        count = {"num_classes": getattr(info.config, "num_classes", None)}
-        classes = class_names(count | stored, str(folder or info.name))
-        return cls(classes, cls.preprocessing_of(info, folder))
-
-    @classmethod
-    def preprocessing_of(cls, info: ModelInfo, folder: Path | None) -> BoxPreprocessing:
-        """That of the weights in a folder, or as the registry says of the model. Raises
-        `CheckpointError`."""
-        if folder is not None:
-            if (folder / TASK_FILE).is_file():
-                return cls.load(folder).preprocessing
-            if (folder / PROCESSOR).is_file():
-                return processor_preprocessing(read_config(folder, PROCESSOR))
-        return registered_preprocessing(info)
-
-    def __repr__(self) -> str:
-        name, side = (self.data or {}).get("name"), self.preprocessing.shortest
-        classes = f"{len(self.classes)} classes"
-        return f"{type(self).__name__}({name or 'own images'!r}, {classes}, {side})"

@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['WORDPIECE_FILES', 'BYTE_BPE_FILES', 'KINDS', 'TASK_FILE', 'TaskKind', 'register_task', 'task_class', 'kind_of_data',
-           'create_task', 'write_task', 'read_task', 'foreign_kinds', 'has_task', 'load_task']
+           'create_task', 'write_task', 'read_task', 'check_config', 'foreign_kinds', 'has_task', 'load_task']
 
 # %% ../../nbs/data/05_tasks.ipynb #9cf7893a
 import importlib
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +175,11 @@ TASK_FILE = "task.json"
 
 
 def write_task(folder: str | Path, kind: str, stored: dict[str, Any]) -> None:
-    """Write task.json, whole or not at all: the kind, and what the task stores."""
+    """Write task.json, whole or not at all: the kind, and what the task stores, but for
+    the folder of its data: elsewhere it is another."""
+    if isinstance(data := stored.get("data"), Mapping):
+        data = {key: value for key, value in data.items() if key != "data_dir"}
+        stored = {**stored, "data": data}
     text = json.dumps({"kind": kind, **stored}, ensure_ascii=False, indent=1)
     with atomic_write(to_path(folder) / TASK_FILE) as file:
         file.write(text.encode())
@@ -200,6 +204,19 @@ def read_task(folder: str | Path, kind: str | None = None) -> Generator[dict[str
         raise CheckpointError(
             f"{path}: expected a {kind or 'known'} task; could not read it: {error}"
         ) from None
+
+
+def check_config(model: Any, wanted: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a model whose configuration says something else of these
+    fields than the task does; what it does not say fits."""
+    config = getattr(model, "config", None)
+    for name, value in wanted.items():
+        found = getattr(config, name, None)
+        if found is not None and found != value:
+            raise ConfigError(
+                f"{name}: expected {value}, as the task has; got {found} in the "
+                "model's configuration"
+            )
 
 
 def foreign_kinds(folder: Path) -> list[str]:

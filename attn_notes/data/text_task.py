@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Packed', 'BATCH', 'VOCAB_SIZE', 'MAX_TOKENS', 'pack_texts', 'collate_texts', 'on_device', 'answers',
-           'check_vocabulary', 'read_config', 'foreign_vocabulary', 'TextTask', 'StoredTextTask']
+           'check_vocabulary', 'read_config', 'names_in_order', 'foreign_vocabulary', 'TextTask', 'StoredTextTask']
 
 # %% ../../nbs/data/16_text_task.ipynb #e84359f9
 import json
@@ -128,6 +128,14 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
         raise CheckpointError(
             f"{path}: expected the configuration of a model; could not read it"
         ) from None
+
+
+def names_in_order(id2label: Any) -> list[str]:
+    """The names of classes in the `id2label` of a configuration, in the order of their
+    numbers. Raises `TypeError`, `ValueError`, `KeyError` or `AttributeError` for what
+    is no table of names from 0 on."""
+    names = {int(i): str(name) for i, name in id2label.items()}
+    return [names[i] for i in range(len(names))]
 
 
 def foreign_vocabulary(folder: str | Path, kind: Any = WordPiece) -> Any:

@@ -109,6 +109,7 @@ class TokenLabelling(ImageClassification):
 
     annotator: Annotator | None = None
     mix_tokens = True
+    stored_kind = "image_classification"  # a trained student is one of these
 
     @classmethod
     def create(
@@ -165,8 +166,3 @@ class TokenLabelling(ImageClassification):
             labels = mix_labels(labels, box, rows * columns, len(self.classes))
         of_image = class_cross_entropy(whole, labels, self.label_smoothing)
         return {"class": (of_image, 1.0), "token": (of_patches, TOKEN_WEIGHT)}
-
-    def save(self, folder: str | Path) -> None:
-        """Write task.json, as a task of image classification."""
-        p, data = self.preprocessing, self.data
-        ImageClassification(self.classes, p, data, augment=self.augment).save(folder)

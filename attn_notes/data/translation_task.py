@@ -573,10 +573,9 @@ class StoredTranslator(Translator):
 
     def save(self, folder: str | Path) -> None:
         """Write task.json: vocabularies, name of the data, bound on lengths."""
-        data = {k: v for k, v in (self.data or {}).items() if k != "data_dir"}
         source, target = (vocabulary.to_dict() for vocabulary in self.vocabularies)
         stored = {
-            "data": data or None,
+            "data": self.data or None,
             "max_new_tokens": self.max_new_tokens,
             "shared_vocabulary": bool(self.shared_vocabulary),
             "source": source,

@@ -7,7 +7,6 @@ __all__ = ['ClipBatches', 'StoredClips', 'VideoClassification', 'as_frames']
 
 # %% ../../nbs/data/42_video_classification.ipynb #vc-imports
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 from .image_batches import Example, ImageRows
 from attn_notes.data.image_classification import (
     Answer,
-    ImageClassification,
     StoredImages,
     head_logits,
     likeliest,
-    stored_classes,
 )
 from .image_sets import folder_classes, images_in
 from attn_notes.data.images import (
@@ -32,7 +29,7 @@ from attn_notes.data.images import (
     evaluation_transform,
     training_transform,
 )
-from .tasks import read_task, register_task, write_task
+from .tasks import check_config, register_task
 from .text_task import read_config
 from .translation_task import inference
 from attn_notes.data.videos import (
@@ -58,7 +55,7 @@ from attn_notes.foundations.checks import (
 from ..foundations.values import Size
 from ..training.recipes import Recipe
 from ..zoo.files import to_path
-from ..zoo.registry import ModelInfo, override
+from ..zoo.registry import ModelInfo
 
 # %% ../../nbs/data/42_video_classification.ipynb #vc-batches
 class ClipBatches(StoredImages):
@@ -141,50 +138,28 @@ class ClipBatches(StoredImages):
     def check_model(self, model: nn.Module) -> None:
         """Raises `ConfigError` for a model of other classes, channels or length."""
         super().check_model(model)
-        frames = getattr(getattr(model, "config", None), "num_frames", self.num_frames)
-        if frames != self.num_frames:
-            raise ConfigError(
-                f"num_frames: expected {self.num_frames}, as the task has; got "
-                f"{frames} in the model's configuration"
-            )
+        check_config(model, {"num_frames": self.num_frames})
 
 # %% ../../nbs/data/42_video_classification.ipynb #vc-store
 class StoredClips(ClipBatches):
     """A task that is written beside the weights of its model, and read again."""
 
-    def save(self, folder: str | Path) -> None:
-        """Write task.json: classes, preprocessing, length, name of the data."""
-        data = self.data and {k: v for k, v in self.data.items() if k != "data_dir"}
-        stored = {"data": data, "classes": self.classes, "augment": self.augment}
-        stored["num_frames"] = self.num_frames
-        stored["preprocessing"] = asdict(self.preprocessing)
-        write_task(folder, self.kind, stored)
+    stored_options = ("augment", "num_frames")
 
-    @classmethod
-    def load(cls, folder: str | Path, data_dir: str | Path | None = None) -> Any:
-        """What `save` wrote; the data are read when they are needed. Raises
-        `CheckpointError` when the file is absent or of something else."""
-        with read_task(folder, cls.kind) as stored:
-            given = override(Preprocessing(), stored["preprocessing"])
-            data, own = (
-                stored["data"],
-                {k: stored[k] for k in ("augment", "num_frames")},
-            )
-            if data is not None:
-                data_dir = data_dir if data["name"] == "kinetics" else None
-                data = clip_data(data["name"], data_dir, data["seed"], data["limit"])
-            return cls(stored["classes"], given, data, **own)
+    @staticmethod
+    def read_data(data: Mapping[str, Any], data_dir: str | Path | None) -> dict:
+        """What the data are read by, from what was stored."""
+        data_dir = data_dir if data["name"] == "kinetics" else None
+        return clip_data(data["name"], data_dir, data["seed"], data["limit"])
 
     @classmethod
     def of_model(cls, info: ModelInfo, folder: Path | None) -> Any:
         """The task of a folder of transformers, or of weights that come as a single
         file. Raises `CheckpointError` where the classes have no names."""
+        known = super().of_model(info, folder)
         stored = {} if folder is None else read_config(folder)
-        config = {n: getattr(info.config, n) for n in ("num_classes", "num_frames")}
-        classes = stored_classes(config | stored, str(folder or info.name))
-        given = ImageClassification.preprocessing_of(info, folder)
-        frames = stored.get("num_frames", config["num_frames"])
-        return cls(classes, given, num_frames=frames)
+        frames = stored.get("num_frames", info.config.num_frames)
+        return cls(known.classes, known.preprocessing, num_frames=frames)
 
 # %% ../../nbs/data/42_video_classification.ipynb #vc-task
 @register_task("video_classification", data=DATA)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .brain import TISSUES
 from .sliding_window import sliding_window
-from .tasks import read_task, register_task, write_task
+from .tasks import check_config, read_task, register_task, write_task
 from .translation_task import inference
 from .volume_batches import DATA, VolumeBatches, data_of, volume_scores
 from .volume_folders import ORGANS, VolumeFolder, volume_folder
@@ -123,15 +123,8 @@ class VolumeTraining(VolumeBatches):
 
     def check_model(self, model: nn.Module) -> None:
         """Raises `ConfigError` for a model of other classes, or other channels."""
-        config = getattr(model, "config", None)
         wanted = {"out_channels": len(self.classes)}
-        wanted["in_channels"] = self.preprocessing.channels
-        for name, value in wanted.items():
-            if getattr(config, name, value) != value:
-                raise ConfigError(
-                    f"{name}: expected {value}, as the task has; got "
-                    f"{getattr(config, name)} in the model's configuration"
-                )
+        check_config(model, wanted | {"in_channels": self.preprocessing.channels})
 
 # %% ../../nbs/data/35_volume_segmentation.ipynb #vs-answers
 @dataclass(frozen=True, eq=False)
@@ -248,8 +241,7 @@ class VolumeSegmentation(VolumeAnswers):
 
     def save(self, folder: str | Path) -> None:
         """Write task.json: classes, preprocessing, size, name of the data."""
-        data = self.data and {k: v for k, v in self.data.items() if k != "data_dir"}
-        stored = {"data": data, "classes": self.classes, "size": self.sides}
+        stored = {"data": self.data, "classes": self.classes, "size": self.sides}
         stored["preprocessing"] = asdict(self.preprocessing)
         write_task(folder, self.kind, stored)
 

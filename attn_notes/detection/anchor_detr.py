@@ -25,7 +25,7 @@ from attn_notes.detection.detr import (
     SinePositions,
     smaller_mask,
 )
-from .detr_backbone import make_backbone
+from .detr_backbone import example_images, make_backbone
 from .focal_classes import best_pairs, focal_costs, focal_losses
 from .row_column_attention import RowColumnAttention
 from attn_notes.detection.set_prediction import (
@@ -376,16 +376,7 @@ class AnchorDETR(nn.Module, PretrainedMixin):
         "scores" (m), "queries" (m)}, the highest score first."""
         return best_pairs(outputs.pred_logits, outputs.pred_boxes, sizes)
 
-    @staticmethod
-    def example_inputs(
-        config: AnchorDETRConfig, batch_size: int = 2, device: Any = None
-    ) -> dict:
-        "Random images, the last of which is narrower than the batch."
-        h, w = (64, 64) if config.backbone == "small" else (800, 1066)
-        mask = torch.ones(batch_size, h, w, dtype=torch.bool, device=device)
-        mask[-1, :, w * 3 // 4 :] = False
-        images = torch.randn(batch_size, 3, h, w, device=device)
-        return {"images": images * mask[:, None], "mask": mask}
+    example_inputs = staticmethod(example_images)
 
 # %% ../../nbs/detection/03_anchor_detr.ipynb #ad-init
 @torch.no_grad()

@@ -28,7 +28,7 @@ from attn_notes.detection.deformable_attention import (
 )
 from .deformable_detr_formats import FORMATS
 from .detr import BoxHead, SinePositions, smaller_mask
-from .detr_backbone import make_backbone
+from .detr_backbone import example_images, make_backbone
 from .focal_classes import best_pairs, focal_costs, focal_losses
 from attn_notes.detection.set_prediction import (
     SetWeights,
@@ -441,16 +441,7 @@ class DeformableDETR(nn.Module, PretrainedMixin):
         "scores" (m), "queries" (m)}, the highest score first."""
         return best_pairs(outputs.pred_logits, outputs.pred_boxes, sizes)
 
-    @staticmethod
-    def example_inputs(
-        config: DeformableDETRConfig, batch_size: int = 2, device: Any = None
-    ) -> dict:
-        "Random images, the last of which is narrower than the batch."
-        h, w = (64, 64) if config.backbone == "small" else (800, 1066)
-        mask = torch.ones(batch_size, h, w, dtype=torch.bool, device=device)
-        mask[-1, :, w * 3 // 4 :] = False
-        images = torch.randn(batch_size, 3, h, w, device=device)
-        return {"images": images * mask[:, None], "mask": mask}
+    example_inputs = staticmethod(example_images)
 
 # %% ../../nbs/detection/02_deformable_detr.ipynb #dd-init
 @torch.no_grad()

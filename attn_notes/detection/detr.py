@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .detr_backbone import make_backbone
+from .detr_backbone import example_images, make_backbone
 from .detr_formats import FORMATS
 from .detr_masks import AttentionMap, MaskHead
 from attn_notes.detection.set_prediction import (
@@ -373,16 +373,7 @@ class DETR(nn.Module, PretrainedMixin):
                 one["masks"] = masks.sigmoid()
         return found
 
-    @staticmethod
-    def example_inputs(
-        config: DETRConfig, batch_size: int = 2, device: Any = None
-    ) -> dict:
-        "Random images, the last of which is narrower than the batch."
-        h, w = (64, 64) if config.backbone == "small" else (800, 1066)
-        mask = torch.ones(batch_size, h, w, dtype=torch.bool, device=device)
-        mask[-1, :, w * 3 // 4 :] = False
-        images = torch.randn(batch_size, 3, h, w, device=device)
-        return {"images": images * mask[:, None], "mask": mask}
+    example_inputs = staticmethod(example_images)
 
 # %% ../../nbs/detection/01_detr.ipynb #detr-recipes
 TINY = Recipe(

@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from attn_notes.efficient.approximation import (
-    ApproximateAttention,
-    without_autocast,
-)
-from ..foundations.attention import attention_weights, wide
+from .approximation import ApproximateAttention
+from ..foundations.attention import attention_weights, wide, without_autocast
 from ..foundations.checks import InputError, check_positive
 
 # %% ../../nbs/efficient/01_efficient_attention.ipynb #ea-local-class

@@ -14,11 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from attn_notes.efficient.approximation import (
-    ApproximateAttention,
-    without_autocast,
-)
-from ..foundations.attention import attention_weights, wide
+from .approximation import ApproximateAttention
+from ..foundations.attention import attention_weights, wide, without_autocast
 from attn_notes.foundations.checks import (
     ConfigError,
     InputError,

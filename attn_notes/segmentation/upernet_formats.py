@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'AUXILIARY', 'HEAD_NAMES', 'EXTRAS', 'BOOK_FORMAT', 'IGNORED', 'MMSEG_NAMES', 'OFFICIAL_FORMAT',
-           'MMSEG_FORMAT', 'HF_FORMAT', 'SWIN_FIELDS', 'BACKBONE_FORMATS', 'FORMATS', 'convert_parts', 'stage_norms',
-           'official_backbone', 'neighbours_apart', 'mmseg_backbone', 'hf_backbone', 'hf_config', 'for_backbone']
+           'MMSEG_FORMAT', 'HF_FORMAT', 'BACKBONE_FORMATS', 'FORMATS', 'convert_parts', 'stage_norms',
+           'official_backbone', 'neighbours_apart', 'mmseg_backbone', 'hf_backbone', 'hf_config']
 
 # %% ../../nbs/segmentation/00_upernet_formats.ipynb #upf-imports
 import re
@@ -170,35 +170,5 @@ HF_FORMAT = CheckpointFormat(
 )
 
 # %% ../../nbs/segmentation/00_upernet_formats.ipynb #upf-swin
-SWIN_FIELDS = ("in_chans", *swin_formats.FIELDS)
-
-
-def for_backbone(swin: CheckpointFormat) -> CheckpointFormat:
-    "A format of Swin as one that fills the backbone alone."
-
-    def convert(state: StateDict, model: Any) -> StateDict:
-        assert swin.convert is not None
-        found = swin.convert(state, model.backbone)
-        body = {k: v for k, v in found.items() if not matches(k, swin_formats.HEADS)}
-        return {f"backbone.{key}": value for key, value in body.items()}
-
-    def config(stored: dict[str, Any]) -> dict[str, Any]:
-        values = stored if swin.config is None else swin.config(stored)
-        return {key: values[key] for key in SWIN_FIELDS if key in values}
-
-    heads = ("decode_head.*", *AUXILIARY, "backbone.norms.*")
-    return replace(
-        swin,
-        name=f"{swin.name}, a Swin",
-        convert=convert,
-        config=config,
-        optional=("backbone.norms.*",),
-        absent=heads,
-    )
-
-
-BACKBONE_FORMATS = tuple(
-    for_backbone(getattr(swin_formats, f"{name}_FORMAT"))
-    for name in ("BOOK", "OFFICIAL", "TIMM", "TORCHVISION", "HF")
-)
+BACKBONE_FORMATS = swin_formats.backbone_formats("decode_head.*", *AUXILIARY)
 FORMATS = (BOOK_FORMAT, OFFICIAL_FORMAT, MMSEG_FORMAT, HF_FORMAT, *BACKBONE_FORMATS)

@@ -26,16 +26,14 @@ from attn_notes.foundations.checks import (
     Output,
     check_divides,
     check_fields,
-    check_ids,
-    check_mask_shape,
 )
 from ..foundations.values import Depth, Range, Rate, Size
 from attn_notes.language.gpt import (
     CausalDecoder,
     GPTEmbedding,
+    GPTModel,
     PreNormCausalBlock,
     State,
-    real_positions,
 )
 from ..training.recipes import Recipe
 from attn_notes.zoo.formats import (
@@ -150,20 +148,7 @@ class IGPTModel(nn.Module, PretrainedMixin):
         self.head = nn.Linear(d, config.vocab_size - 1, bias=False)
         init_igpt_(self, config)
 
-    def hidden_states(
-        self,
-        input_ids: Int[Tensor, "b n"],
-        attention_mask: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """What the last norm gives for every token. The mask is True on real tokens;
-        padding takes no position. Raises `InputError` for wrong ranks, types or
-        sizes."""
-        check_ids(input_ids, max_tokens=self.config.max_position_embeddings)
-        if attention_mask is None:
-            return self.decoder(self.embedding(input_ids), is_causal=True)
-        check_mask_shape(attention_mask, input_ids.shape, "attention_mask")
-        x = self.embedding(input_ids, real_positions(attention_mask))
-        return self.decoder(x, attention_mask, is_causal=True)
+    hidden_states = GPTModel.hidden_states
 
     @staticmethod
     def example_inputs(config: Any, batch_size: int = 2, device: Any = None) -> dict:
@@ -195,9 +180,7 @@ class IGPT(CausalGeneration, IGPTModel):
         `hidden_states`."""
         return self.head(self.hidden_states(input_ids, attention_mask))
 
-    def start(self, attention_mask: Bool[Tensor, "b n"] | None = None) -> State:
-        "The state before the first token of prompts with this mask."
-        return self.decoder.start(attention_mask)
+    start = GPTModel.start
 
     def step(
         self, new_tokens: Int[Tensor, "b m"], state: State

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'HEADS', 'COMPUTED', 'EXTRAS', 'BLOCK_NAMES', 'TIMM_NAMES', 'BOOK_FORMAT', 'OFFICIAL_FORMAT', 'FIELDS',
-           'TIMM_FORMAT', 'TORCHVISION_FORMAT', 'HF_NAMES', 'HF_EXTRAS', 'HF_FORMAT', 'resize_tables', 'next_stage',
-           'timm_config', 'torchvision_names', 'hf_to_ours', 'hf_config']
+           'TIMM_FORMAT', 'TORCHVISION_FORMAT', 'HF_NAMES', 'HF_EXTRAS', 'HF_FORMAT', 'SWIN_FIELDS', 'resize_tables',
+           'next_stage', 'timm_config', 'torchvision_names', 'hf_to_ours', 'hf_config', 'for_backbone',
+           'backbone_formats']
 
 # %% ../../nbs/vision/00_swin_formats.ipynb #sf-imports
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,13 @@ from attn_notes.foundations.checks import (
     CheckpointWarning,
     ConfigError,
 )
-from ..zoo.formats import CheckpointFormat, StateDict, concat, rename
+from attn_notes.zoo.formats import (
+    CheckpointFormat,
+    StateDict,
+    concat,
+    matches,
+    rename,
+)
 
 # %% ../../nbs/vision/00_swin_formats.ipynb #sf-tables
 TABLE = "position_bias.table"
@@ -217,3 +225,36 @@ HF_FORMAT = CheckpointFormat(
     config=hf_config,
     **HF_EXTRAS,
 )
+
+# %% ../../nbs/vision/00_swin_formats.ipynb #sf-backbone
+SWIN_FIELDS = ("in_chans", *FIELDS)
+
+
+def for_backbone(swin: CheckpointFormat, new: Sequence[str]) -> CheckpointFormat:
+    "A format of Swin as one that fills the backbone alone; `new`: what it lacks."
+
+    def convert(state: StateDict, model: Any) -> StateDict:
+        assert swin.convert is not None
+        found = swin.convert(state, model.backbone)
+        body = {k: v for k, v in found.items() if not matches(k, HEADS)}
+        return {f"backbone.{key}": value for key, value in body.items()}
+
+    def config(stored: Mapping[str, Any]) -> dict[str, Any]:
+        values = stored if swin.config is None else swin.config({**stored})
+        return {key: values[key] for key in SWIN_FIELDS if key in values}
+
+    norms = "backbone.norms.*"
+    return replace(
+        swin,
+        name=f"{swin.name}, a Swin",
+        convert=convert,
+        config=config,
+        optional=(norms,),
+        absent=(*new, norms),
+    )
+
+
+def backbone_formats(*new: str) -> tuple[CheckpointFormat, ...]:
+    "All formats of Swin as formats of a model with a Swin for its backbone."
+    swins = BOOK_FORMAT, OFFICIAL_FORMAT, TIMM_FORMAT, TORCHVISION_FORMAT, HF_FORMAT
+    return tuple(for_backbone(swin, new) for swin in swins)

@@ -110,14 +110,16 @@ ANCESTORS = {
     "efficient.distillation": (),
     "segmentation.upernet_formats": ("vision.swin_formats",),
     "segmentation.pixel_classes": (),
+    "segmentation.convolutions": (),
     "segmentation.upernet": (
+        "segmentation.convolutions",
         "segmentation.pixel_classes",
         "segmentation.upernet_formats",
         "vision.swin",
         "vision.swin_backbone",
     ),
     "segmentation.setr_formats": ("vision.vit", "vision.deit"),
-    "segmentation.setr_decoders": (),
+    "segmentation.setr_decoders": ("segmentation.convolutions",),
     "segmentation.setr": (
         "segmentation.pixel_classes",
         "segmentation.setr_decoders",
@@ -127,6 +129,7 @@ ANCESTORS = {
     "segmentation.transunet_resnet": (),
     "segmentation.transunet_formats": ("vision.vit",),
     "segmentation.transunet": (
+        "segmentation.convolutions",
         "segmentation.pixel_classes",
         "segmentation.transunet_formats",
         "segmentation.transunet_resnet",

@@ -113,8 +113,9 @@ def small_book(tmp_path_factory):
     return folder
 
 
-def rerun(folder):
+def rerun(folder, **variables):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment |= variables
     return subprocess.run(
         [
             sys.executable,
@@ -139,6 +140,15 @@ def test_stored_outputs_pass(small_book):
     result = rerun(small_book)
     assert result.returncode == 0, result.stdout
     assert f"{len(CELLS) - 1} passed" in result.stdout
+
+
+def test_kernels_keep_no_history_on_disk(small_book, tmp_path):
+    """All kernels would write to one file, and one that waits for it too long says so
+    in the output of whatever cell is being run."""
+    result = rerun(small_book, IPYTHONDIR=str(tmp_path))
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "profile_default").is_dir()
+    assert not [*tmp_path.rglob("history*")]
 
 
 @pytest.mark.slow

@@ -376,6 +376,27 @@ def test_models_that_do_not_fit():
         task.predict(model, image)
 
 
+@pytest.mark.no_shapes
+@pytest.mark.parametrize("digits, channels", [(True, 1), (True, 12), (False, 3)])
+def test_other_classes_are_refused_before_any_work(digits, channels, monkeypatch):
+    """A model that has no configuration is tried on one image, before the held-out
+    data are looked at; its mode and the random numbers stay as they were."""
+    task = create_task(KIND, limit=4, digits=digits, image_size=32)
+    asked, read = [], SemanticSegmentation.dataset
+    seen = lambda self, split: asked.append(split) or read(self, split)
+    monkeypatch.setattr(SemanticSegmentation, "dataset", seen)
+    model, k = Pixels(channels), len(task.classes)
+    wanted = rf"logits of {k} classes for every pixel, \(1 {k} h w\)"
+    wanted += r" or \(1 1 h w\)" if k == 2 else ""
+    with pytest.raises(ConfigError, match=rf"{wanted}; got \(1, {channels}, 32, 32\)"):
+        train(model, task, Recipe(max_steps=1, batch_size=2), progress=False)
+    assert "valid" not in asked
+    model = Pixels(k)
+    before = torch.get_rng_state()
+    task.check_model(model)
+    assert model.training and before.equal(torch.get_rng_state())
+
+
 def test_scores_of_a_split_in_two_processes(ade):
     task, model = of_folder(ade), Pixels(3)
     whole = task.evaluate(model)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from attn_notes.data import tasks
 from attn_notes.data.tasks import (
     KINDS,
     TaskKind,
+    check_config,
     create_task,
     kind_of_data,
     load_task,
@@ -166,3 +168,24 @@ def test_a_task_file_of_another_kind(painting, tmp_path):
     write_task(tmp_path, "painting", {"colours": [1]})
     with pytest.raises(CheckpointError, match="expected a translation task"):
         task_class("translation").load(tmp_path)
+
+
+def test_the_folder_of_the_data_is_not_stored(tmp_path):
+    stored = {"data": {"name": "louvre", "data_dir": "/here", "seed": 1}, "colours": 3}
+    for given in (stored, {"data": None}, {"colours": 3}):
+        write_task(tmp_path, "painting", given)
+        with read_task(tmp_path, "painting") as found:
+            kept = {**given, "kind": "painting"}
+            if given is stored:
+                kept["data"] = {"name": "louvre", "seed": 1}
+            assert found == kept
+    assert stored["data"]["data_dir"] == "/here"
+
+
+@pytest.mark.no_shapes
+def test_a_configuration_that_says_something_else():
+    model = SimpleNamespace(config=SimpleNamespace(num_classes=3, img_size=None))
+    check_config(model, {"num_classes": 3, "img_size": 4, "depth": 5})
+    check_config(object(), {"num_classes": 4})  # it says nothing
+    with pytest.raises(ConfigError, match="num_classes: expected 4, as .*got 3 in the"):
+        check_config(model, {"num_classes": 4})

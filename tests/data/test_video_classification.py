@@ -200,6 +200,20 @@ def test_a_folder_of_transformers(tmp_path):
     assert {label for label, _ in answer} == {"eating", "jumping"}
 
 
+def test_training_takes_the_preprocessing_of_the_model(folder):
+    """Of somebody's weights too: their folder says it."""
+    info = an.model_info("timesformer_base_patch16_224")
+    given = VideoClassification.preprocessing_of(info, None)
+    task = create_task(KIND, "kinetics", folder, preprocessing=given, image_size=24)
+    assert task.preprocessing.mean == (0.45,) * 3 and task.preprocessing.size == (
+        24,
+        24,
+    )
+    task.save(folder)
+    assert VideoClassification.preprocessing_of(info, folder) == task.preprocessing
+    assert "data_dir" not in json.loads((folder / "task.json").read_text())["data"]
+
+
 def test_what_a_folder_stands_for(folder):
     task = create_task(KIND, "sliding")
     clips = folder / "val" / "jumping"

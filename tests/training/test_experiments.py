@@ -1,8 +1,12 @@
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ from attn_notes.training.experiments import (
     replay,
     run,
     select,
+    shown,
     verdict,
 )
 from attn_notes.training.loop import train
@@ -530,6 +535,14 @@ def test_verdicts(low, high, margin, expected, said):
     assert verdict(low, high, margin, expected) == said
 
 
+def test_an_interval_in_words():
+    interval = paired_interval([1.0, 2.0, 3.0], [2.0, 2.0, 5.0])
+    assert interval == pytest.approx((-1.0, -3.4841, 1.4841), abs=1e-4)
+    assert (
+        shown(interval) == "-1.0 [-3.5, +1.5]" and shown((0, 0, 1), 0) == "+0 [+0, +1]"
+    )
+
+
 def test_least_favourable():
     assert (
         least_favourable("confirmed", "not seen at this scale")
@@ -570,6 +583,59 @@ def test_one_seed_gives_the_same_run_with_any_number_of_threads(folder):
         )
     finally:
         torch.set_num_threads(before)
+
+
+def wait_for(what, seconds=120):
+    """Until it is so; fails where it takes longer."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def is_there(group):
+    """Whether any process of a group goes on."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["terminal", "process"])
+def test_an_interrupt_stops_the_processes_and_keeps_what_is_done(tmp_path, send):
+    script = Path(__file__).with_name("interrupted_run.py")
+    command = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    rows, begun = tmp_path / "chapter" / "slow.jsonl", ["begun 0", "begun 1", "begun 2"]
+    try:
+        wait_for(lambda: rows.is_file() and (tmp_path / begun[-1]).exists())
+        send(command.pid, signal.SIGINT)
+        printed, said = command.communicate(timeout=20)
+        wait_for(lambda: not is_there(command.pid), 5)
+    finally:
+        if is_there(command.pid):
+            os.killpg(command.pid, signal.SIGKILL)
+        command.wait()
+    assert sorted(path.name for path in tmp_path.glob("begun *")) == begun
+    assert command.returncode == 130 and "chapter/slow 1/6" in printed
+    assert said.count("\n") == 1 and "chapter/slow: interrupted; 1 of 6" in said
+    assert [json.loads(row)["seed"] for row in rows.read_text().splitlines()] == [0]
+
+
+@pytest.mark.slow
+def test_runs_are_stored_as_they_are_done(folder):
+    from numpy_draws import wait
+
+    settings = {"rows": str(path_of(folder)), "seconds": 20}, {"rows": "", "seconds": 0}
+    rows = run("chapter", "noise", Experiment(wait, settings, (0,)), workers=2)
+    assert [row["metrics"] for row in rows] == [{"there": True}, {"there": False}]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import attn_notes as an
+from attn_notes.data.sliding_window import window_starts
 from attn_notes.foundations.checks import CheckpointError, ConfigError, InputError
 from attn_notes.vision.ipt import (
     BOOK,
@@ -224,6 +225,7 @@ def test_tiles_cover_everything(size):
         starts = tile_starts(side, size)
         seen = {i for start in starts for i in range(start, start + size)}
         assert seen == {*range(side)} and starts == sorted({*starts})
+        assert starts == window_starts(side, size)  # as those of volumes
     images = torch.rand(2, 3, 3 * size + 1, 2 * size, dtype=torch.float64)
     same = restore_in_tiles(lambda tiles: tiles, images, size, 1)
     assert torch.allclose(same, images)
