@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'ORDERS', 'SHARES', 'RATES', 'RANKS', 'shipped', 'score', 'task_loss', 'some_batches', 'head_order',
-           'without', 'remove_heads', 'fine_tune', 'tune_pruned', 'prune_or_scratch', 'tune_more', 'truncate_',
-           'reduce_rank', 'tune_rank', 'block_of', 'smaller_block', 'multiply_adds', 'time_block']
+           'without', 'remove_heads', 'score_whole', 'fine_tune', 'tune_pruned', 'prune_or_scratch', 'tune_more',
+           'truncate_', 'reduce_rank', 'tune_rank', 'block_of', 'smaller_block', 'multiply_adds', 'time_block']
 
 # %% ../../nbs/efficient/02_pruning_evidence.ipynb #pe-imports
 import copy
@@ -100,6 +100,12 @@ def remove_heads(seed: int, model: str, order: str) -> dict:
     whole, task = shipped(model, seed)
     ranked = head_order(whole, task, seed, order)
     return {f"{x:.2f}": score(without(whole, ranked, x), task) for x in SHARES}
+
+
+@experiment("pruning", "whole", [{"model": model} for model in MODELS], seeds=(0,))
+def score_whole(seed: int, model: str) -> dict:
+    "Accuracy or BLEU with all heads."
+    return {"score": score(*shipped(model, seed))}
 
 # %% ../../nbs/efficient/02_pruning_evidence.ipynb #pe-tuned
 RATES = {"vit_book": 1e-3, "transformer_tiny": 5e-4}
