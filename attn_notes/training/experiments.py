@@ -24,10 +24,9 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
-from .function_hash import function_hash
-
 from ..foundations.checks import ConfigError, InputError
 from .checkpoints import atomic_write
+from .function_hash import function_hash
 from .history import History, recording_losses
 
 # %% ../../nbs/training/07_experiments.ipynb #7a6c424e
