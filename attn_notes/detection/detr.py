@@ -151,8 +151,8 @@ class DETRBlock(EncoderBlock):
 
 
 class DETREncoderBlock(DETRBlock):
-    """A post-norm block whose queries and keys carry the positions; its values do not,
-    eq. (eq-detr-attention)."""
+    """A post-norm block whose queries and keys carry the positions; its values do not
+    (section 3.2)."""
 
     def forward(
         self,
@@ -240,7 +240,7 @@ class BoxHead(nn.Module):
         "(... d) to (... 4)."
         return self.logits(x).sigmoid()
 
-# %% ../../nbs/detection/01_detr.ipynb #detr-pad
+
 def smaller_mask(
     mask: Bool[Tensor, "b h w"], size: tuple[int, int]
 ) -> Bool[Tensor, "b p q"]:
