@@ -3962,6 +3962,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                                             'attn_notes/segmentation/unetr_training_evidence.py'),
                                                                  'attn_notes.segmentation.unetr_training_evidence.Crops.evaluate': ( 'segmentation/unetr_training_evidence.html#crops.evaluate',
                                                                                                                                      'attn_notes/segmentation/unetr_training_evidence.py'),
+                                                                 'attn_notes.segmentation.unetr_training_evidence.Reached': ( 'segmentation/unetr_training_evidence.html#reached',
+                                                                                                                              'attn_notes/segmentation/unetr_training_evidence.py'),
                                                                  'attn_notes.segmentation.unetr_training_evidence.answers': ( 'segmentation/unetr_training_evidence.html#answers',
                                                                                                                               'attn_notes/segmentation/unetr_training_evidence.py'),
                                                                  'attn_notes.segmentation.unetr_training_evidence.dice': ( 'segmentation/unetr_training_evidence.html#dice',

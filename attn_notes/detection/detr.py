@@ -87,7 +87,7 @@ class DETRConfig:
 # %% ../../nbs/detection/01_detr.ipynb #detr-positions
 class SinePositions(nn.Module):
     """Sines and cosines of the row in the first half of the channels and of the column
-    in the second, eq. (eq-ds-positions); an image's own height and width are 2 pi,
+    in the second, eq. (eq-detr-positions); an image's own height and width are 2 pi,
     whatever the padding around it."""
 
     def __init__(self, hidden_size: int) -> None:
@@ -152,7 +152,7 @@ class DETRBlock(EncoderBlock):
 
 class DETREncoderBlock(DETRBlock):
     """A post-norm block whose queries and keys carry the positions; its values do not
-    (appendix A.3)."""
+    (section 3.2)."""
 
     def forward(
         self,
@@ -240,7 +240,7 @@ class BoxHead(nn.Module):
         "(... d) to (... 4)."
         return self.logits(x).sigmoid()
 
-# %% ../../nbs/detection/01_detr.ipynb #detr-pad
+
 def smaller_mask(
     mask: Bool[Tensor, "b h w"], size: tuple[int, int]
 ) -> Bool[Tensor, "b p q"]:

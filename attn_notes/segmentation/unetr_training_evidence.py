@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['UNET', 'MODELS', 'RECIPE', 'WINDOW', 'SIDES', 'TRIED', 'RADII', 'THICKNESSES', 'BALLS', 'DEPTHS', 'ANSWERS', 'RATES',
            'network', 'Crops', 'fit', 'held', 'answers', 'dice', 'try_rate', 'thickness', 'dice_by_thickness', 'part',
-           'normalized', 'hold_statistics', 'gradient_map', 'reach', 'measure_reach', 'score_intensity', 'powers',
-           'regression', 'from_answers', 'train_segmenter', 'hausdorff']
+           'normalized', 'hold_statistics', 'Reached', 'gradient_map', 'reach', 'measure_reach', 'score_intensity',
+           'powers', 'regression', 'from_answers', 'train_segmenter', 'hausdorff']
 
 # %% ../../nbs/segmentation/01_unetr_training_evidence.ipynb #ut-imports
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -192,15 +193,25 @@ def hold_statistics(model: nn.Module) -> None:
             module.__dict__["forward"] = partial(normalized, module)
 
 
+class Reached(Exception):
+    "Ends a forward pass behind the layer that was asked for."
+
+
 def gradient_map(
     model: nn.Module, volume: Float[Tensor, "1 h w d"], depth: int
 ) -> tuple[Float[Tensor, "h w d"], Float[Tensor, "3"]]:
     "The gradient of the middle state by the volume, and where that state is."
     layer, side = part(model.double().eval(), depth)
     states: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _, __, out: states.append(out))
+
+    def stop(_: nn.Module, __: Any, out: Tensor) -> None:
+        states.append(out)
+        raise Reached
+
+    hook = layer.register_forward_hook(stop)
     x = volume[None].double().requires_grad_()
-    model(x)
+    with suppress(Reached):
+        model(x)
     hook.remove()
     grid = torch.tensor(volume.shape[1:]) // side
     state = states[0].mT if states[0].ndim == 3 else states[0]
